@@ -1,0 +1,231 @@
+"""Every exception and warning of fastsharp: FastsharpError at the root, the builtin that Python users expect beside it.
+
+A message names the object (module, parameter, batch, file), the cause and one thing to do, in at most five lines.
+`code` is stable across releases, so that scripts can branch on it without parsing text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastsharp.results import Eigenpairs
+
+
+class FastsharpError(Exception):
+    """Root of all errors; `code` is the stable identifier FSxxx, shown at the end of the message."""
+
+    code = "FS000"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} [{self.code}]"
+
+
+# --- FS1xx: what the caller handed in -------------------------------------------------------------------------------
+
+
+class InputError(FastsharpError, ValueError):
+    """An argument has a value that cannot be meant."""
+
+    code = "FS100"
+
+
+class ArgumentTypeError(FastsharpError, TypeError):
+    """An argument has a type that cannot be meant."""
+
+    code = "FS101"
+
+
+class ModelModeError(InputError):
+    """BatchNorm or Dropout in train mode, or a forward pass that changes buffers: the Hessian is not one matrix."""
+
+    code = "FS110"
+
+
+class LoaderExhaustedError(InputError):
+    """The data can be read only once and do not fit the memory budget."""
+
+    code = "FS111"
+
+
+class EmptyLoaderError(InputError):
+    """The loader yields no batch, or only empty ones."""
+
+    code = "FS112"
+
+
+class BatchFormatError(InputError):
+    """A batch has a form for which no call of the model is defined."""
+
+    code = "FS113"
+
+
+class OutputFormatError(InputError):
+    """The model's output has a form to which no loss can be applied."""
+
+    code = "FS114"
+
+
+class ReductionUnknownError(InputError):
+    """It cannot be told whether the loss is a sum or a mean over the examples."""
+
+    code = "FS120"
+
+
+class LabelError(InputError):
+    """A label lies outside the classes of the output."""
+
+    code = "FS121"
+
+
+class LabelShapeError(InputError):
+    """The shapes of output and target would be broadcast against each other."""
+
+    code = "FS122"
+
+
+class LossShapeError(InputError):
+    """The loss is not a scalar."""
+
+    code = "FS123"
+
+
+class DisconnectedLossError(InputError):
+    """The loss has no path to any of the chosen parameters."""
+
+    code = "FS124"
+
+
+class ParamError(InputError):
+    """A parameter selection names something that is not there or cannot be differentiated."""
+
+    code = "FS130"
+
+
+class NoParametersError(InputError):
+    """No trainable floating-point parameter is left."""
+
+    code = "FS131"
+
+
+class DtypeError(InputError):
+    """Dtypes that do not fit together, or that cannot carry second derivatives."""
+
+    code = "FS132"
+
+
+class DeviceError(InputError):
+    """Tensors on devices that do not fit together, or a device that is not there."""
+
+    code = "FS133"
+
+
+class ShapeError(InputError):
+    """A tensor has the wrong shape or memory layout."""
+
+    code = "FS134"
+
+
+# --- FS2xx: the operator is not what it must be ---------------------------------------------------------------------
+
+
+class OperatorError(FastsharpError, RuntimeError):
+    """The matrix behind a product is not one fixed symmetric matrix."""
+
+    code = "FS200"
+
+
+class NondeterministicOperatorError(OperatorError):
+    """Two products with the same vector differ, or two passes over the data see different samples."""
+
+    code = "FS201"
+
+
+class NotSymmetricError(OperatorError):
+    """`u'Hv` and `v'Hu` differ beyond rounding."""
+
+    code = "FS202"
+
+
+class DoubleBackwardError(OperatorError):
+    """A part of the model or loss has no second derivative, or a wrong one."""
+
+    code = "FS203"
+
+
+class NonFiniteError(OperatorError):
+    """A NaN or Inf in data, loss, gradient or product."""
+
+    code = "FS204"
+
+
+class StaleOperatorError(OperatorError):
+    """Parameters or buffers changed since the operator was built."""
+
+    code = "FS205"
+
+
+# --- FS3xx: the machine and its files -------------------------------------------------------------------------------
+
+
+class KernelError(FastsharpError, RuntimeError):
+    """A native kernel reported a failure, or a backend that was asked for is not built."""
+
+    code = "FS300"
+
+
+class DataNotFoundError(FastsharpError, FileNotFoundError):
+    """A data set was found in none of the places looked in."""
+
+    code = "FS310"
+
+
+class DataFormatError(FastsharpError, ValueError):
+    """A data file is damaged, has an unexpected content or a wrong hash."""
+
+    code = "FS311"
+
+
+# --- FS4xx: a run that ended early; all carry what was computed -----------------------------------------------------
+
+
+class NotConvergedError(FastsharpError, RuntimeError):
+    """`strict=True` and at least one pair missed its tolerance; `.partial` holds all pairs with their flags."""
+
+    code = "FS400"
+
+    def __init__(self, message: str, partial: Eigenpairs) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; `.partial` holds the pairs so far, or None before the first step.
+
+    A KeyboardInterrupt, so that no `except Exception` swallows it.
+    """
+
+    code = "FS401"
+
+    def __init__(self, message: str, partial: Eigenpairs | None) -> None:
+        super().__init__(f"{message} [{self.code}]")
+        self.partial = partial
+
+
+# --- warnings -------------------------------------------------------------------------------------------------------
+
+
+class NotConvergedWarning(UserWarning):
+    """At least one pair missed its tolerance; `.partial` holds all pairs with their flags."""
+
+    def __init__(self, message: str, partial: Eigenpairs) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class UnusedParamWarning(UserWarning):
+    """A chosen parameter has no gradient path; its rows of the Hessian are zero."""
+
+
+class UnstableDataWarning(UserWarning):
+    """A second draw from the loader yields other samples; the run goes on with the first draw, frozen."""

@@ -1,0 +1,240 @@
+"""SymmetricOperator: a symmetric matrix known by its products, and nothing about models or solvers.
+
+Solvers call `apply` with rows, since a block of Lanczos vectors is stored row-wise; `@` is linear algebra, columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+
+from fastsharp.errors import ArgumentTypeError, DeviceError, DtypeError, InputError, NotSymmetricError, ShapeError
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class SymmetricOperator(ABC):
+    """A symmetric linear map on R^n; subclasses define `_apply` alone and are not subclassed again.
+
+    n         dimension
+    dtype     float32 or float64: of the vectors that go in and come out
+    device    where they live
+    """
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        if dtype not in _DTYPES:
+            raise DtypeError(f"operator: dtype is {dtype}, supported are float32 and float64. Convert the matrix or model first.")
+        self.n = n
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return (self.n, self.n)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a result computed with this operator must say (kernels switched, parameters left out, ...)."""
+        return ()
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the matrix comes from, for the record of a result."""
+        return {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the operator was built and checked; merged into the settings of a result."""
+        return {}
+
+    @property
+    def layout(self) -> Any:
+        """Names and shapes behind the n coordinates (a ParamLayout), None for a plain matrix."""
+        return None
+
+    @abstractmethod
+    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
+        """out <- V A for checked rows V (b, n); out (b, n) does not overlap V and may hold NaN on entry."""
+
+    def check_unchanged(self) -> None:
+        """Raise StaleOperatorError if the matrix is no longer the one of construction; solvers call it around a run."""
+
+    @final
+    def apply(self, V: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of V times A: (b, n) -> (b, n), b matvecs. Wrong dtype, device or shape raise before any work is done."""
+        self._check(V, "V")
+        if V.ndim != 2 or V.shape[1] != self.n:
+            raise ShapeError(f"apply: V has shape {tuple(V.shape)}, expected (b, {self.n}): rows are vectors. For one vector use A @ v.")
+        if V.stride(1) != 1:
+            V = V.contiguous()
+        if out is None:
+            out = torch.empty_like(V)
+        else:
+            self._check(out, "out")
+            if out.shape != V.shape:
+                raise ShapeError(f"apply: out has shape {tuple(out.shape)}, expected {tuple(V.shape)}, the shape of V.")
+            if out.stride(1) != 1 and self.n > 1:
+                raise ShapeError(f"apply: out has strides {out.stride()}, its rows must be contiguous. Allocate it with torch.empty(b, n).")
+        if V.shape[0]:
+            self._apply(V, out)
+        return out
+
+    @final
+    def __matmul__(self, M: torch.Tensor) -> torch.Tensor:
+        """A @ v for v (n,), A @ M for columns M (n, b)."""
+        self._check(M, "the right-hand side")
+        if M.ndim not in (1, 2) or M.shape[0] != self.n:
+            raise ShapeError(f"A @ M: M has shape {tuple(M.shape)}, expected ({self.n},) or ({self.n}, b). For rows use A.apply(V).")
+        if M.ndim == 1:
+            return self.apply(M.contiguous()[None])[0]
+        return self.apply(M.T.contiguous()).T
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """The same matrix as a scipy LinearOperator on host arrays of this dtype; products run on `device`."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator
+
+        dtype = np.dtype("float32" if self.dtype == torch.float32 else "float64")
+
+        def matmat(M: Any) -> Any:
+            rows = torch.from_numpy(np.ascontiguousarray(np.asarray(M, dtype=dtype).reshape(self.n, -1).T))
+            return self.apply(rows.to(self.device)).T.cpu().numpy()
+
+        def matvec(v: Any) -> Any:
+            return matmat(v)[:, 0]
+
+        return LinearOperator(self.shape, matvec=matvec, matmat=matmat, rmatvec=matvec, rmatmat=matmat, dtype=dtype)
+
+    def _check(self, t: torch.Tensor, name: str) -> None:
+        if not isinstance(t, torch.Tensor):
+            raise ArgumentTypeError(f"operator: {name} is a {type(t).__name__}, expected a torch.Tensor.")
+        if t.dtype != self.dtype:
+            raise DtypeError(f"operator: {name} is {t.dtype}, the operator is {self.dtype}. Convert with .to({self.dtype}).")
+        if t.device != self.device:
+            raise DeviceError(f"operator: {name} is on {t.device}, the operator on {self.device}. Move it with .to('{self.device}').")
+
+
+@final
+class DenseOperator(SymmetricOperator):
+    """A symmetric matrix given in full, (n, n); a matrix that is not symmetric to 16 n eps is refused."""
+
+    def __init__(self, A: torch.Tensor) -> None:
+        if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
+            raise ShapeError(f"DenseOperator: the matrix has shape {tuple(A.shape)}, expected (n, n) with n >= 1.")
+        super().__init__(A.shape[0], A.dtype, A.device)
+        A = A.detach()
+        if not bool(torch.isfinite(A).all()):
+            from fastsharp.errors import NonFiniteError
+
+            i, j = (int(v) for v in (~torch.isfinite(A)).nonzero()[0])
+            raise NonFiniteError(f"DenseOperator: entry ({i}, {j}) of the matrix is {float(A[i, j])}. Find where the matrix was built from bad data.")
+        scale = float(A.abs().max())
+        defect = float((A - A.T).abs().max())
+        if defect > 16 * self.n * torch.finfo(A.dtype).eps * scale:
+            raise NotSymmetricError(
+                f"DenseOperator: max|A - A'| is {defect:.3g} with max|A| = {scale:.3g}, so the matrix is not symmetric.\n"
+                "Pass (A + A.T) / 2 if its symmetric part is meant."
+            )
+        self._A = A
+
+    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
+        torch.matmul(V, self._A, out=out)
+
+
+@final
+class CallableOperator(SymmetricOperator):
+    """A symmetric map given by a function of one vector, v (n,) -> (n,) of the same dtype and device.
+
+    Symmetry cannot be seen from outside: solvers test it with probes before they use it.
+    """
+
+    def __init__(
+        self,
+        matvec: Callable[[torch.Tensor], torch.Tensor],
+        n: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise ArgumentTypeError(f"CallableOperator: n is a {type(n).__name__}, expected an int.")
+        if n < 1:
+            raise InputError(f"CallableOperator: n is {n}, expected n >= 1.")
+        super().__init__(n, dtype, torch.device(device))
+        self._matvec = matvec
+
+    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
+        for v, o in zip(V, out, strict=True):
+            y = self._matvec(v)
+            self._check(y, "the result of the callable")
+            if y.shape != v.shape:
+                raise ShapeError(f"CallableOperator: the callable returned shape {tuple(y.shape)}, expected ({self.n},).")
+            o.copy_(y)
+
+
+@final
+class CountingOperator(SymmetricOperator):
+    """The same matrix, counting products: `count` is the number of vectors multiplied so far."""
+
+    def __init__(self, inner: SymmetricOperator) -> None:
+        super().__init__(inner.n, inner.dtype, inner.device)
+        self._inner = inner
+        self.count = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._inner.notes
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self._inner.provenance
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._inner.settings
+
+    @property
+    def layout(self) -> Any:
+        return self._inner.layout
+
+    def check_unchanged(self) -> None:
+        self._inner.check_unchanged()
+
+    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
+        self.count += V.shape[0]
+        self._inner.apply(V, out)
+
+
+def as_operator(A: Any) -> SymmetricOperator:
+    """A as an operator: a SymmetricOperator itself, a square tensor, a scipy LinearOperator, or `(callable, n)`."""
+    if isinstance(A, SymmetricOperator):
+        return A
+    if isinstance(A, torch.Tensor):
+        return DenseOperator(A)
+    if isinstance(A, tuple) and len(A) in (2, 3) and callable(A[0]):
+        return CallableOperator(*A)
+    if hasattr(A, "matvec") and hasattr(A, "shape"):
+        return _from_scipy(A)
+    raise ArgumentTypeError(
+        f"cannot make a symmetric operator of a {type(A).__name__}.\n"
+        "Pass a SymmetricOperator, a square tensor, a scipy LinearOperator, (callable, n) or (callable, n, dtype)."
+    )
+
+
+def _from_scipy(A: Any) -> SymmetricOperator:
+    import numpy as np
+
+    if len(A.shape) != 2 or A.shape[0] != A.shape[1]:
+        raise ShapeError(f"LinearOperator: shape is {A.shape}, expected (n, n).")
+    dtype = torch.float32 if A.dtype == np.float32 else torch.float64
+
+    def matvec(v: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(A.matvec(v.numpy())).reshape(-1), dtype=dtype)
+
+    return CallableOperator(matvec, int(A.shape[0]), dtype)

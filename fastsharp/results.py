@@ -1,0 +1,53 @@
+"""Results are frozen, carry their own doubt, and hold no reference to a model, a graph or a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastsharp.params import ParamLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """k eigenpairs of a symmetric operator, each with what is known of its error; unpacks as `values, vectors`."""
+
+    eigenvalues: torch.Tensor  # (k,) float64 on the host, descending (by modulus for which="LM")
+    eigenvectors: torch.Tensor  # (k, n) rows of unit norm, in the operator's dtype and on its device
+    residuals: torch.Tensor  # (k,) float64, ||Hv - lambda v||: true ones if `verified`, else the recurrence's estimate
+    error_bounds: torch.Tensor  # (k,) float64, min(r, r^2/gap): |lambda - nearest eigenvalue| is at most this
+    converged: torch.Tensor  # (k,) bool
+    verified: bool  # residuals come from products made for this purpose
+    n_matvec: int  # Krylov products
+    n_verify: int  # products spent on the true residuals
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    layout: ParamLayout | None = None  # names and shapes behind the n coordinates; None for a plain matrix
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield self.eigenvalues
+        yield self.eigenvectors
+
+    def __len__(self) -> int:
+        return self.eigenvalues.numel()
+
+    def as_dict(self, i: int) -> dict[str, torch.Tensor]:
+        """Eigenvector i as {parameter name: tensor of the parameter's shape}."""
+        if self.layout is None:
+            from fastsharp.errors import InputError
+
+            raise InputError("as_dict: these eigenpairs belong to a plain matrix, not to a model. Use eigenvectors[i].")
+        return self.layout.unflatten(self.eigenvectors[i])
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A matplotlib figure of the eigenvalues with their residuals; written as PNG if a path is given."""
+        from fastsharp.plots import plot_eigenpairs
+
+        return plot_eigenpairs(self, path)
