@@ -1,0 +1,262 @@
+"""The data of an objective: frozen once, or streamed with proof that every pass sees the same samples."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastsharp.errors import (
+    ArgumentTypeError,
+    BatchFormatError,
+    EmptyLoaderError,
+    InputError,
+    LoaderExhaustedError,
+    NondeterministicOperatorError,
+    StaleOperatorError,
+)
+from fastsharp.guard import rng_restored
+
+_WRAPPED_BATCH = 256  # batch size when a Dataset is handed in
+_DIGEST = 16
+_MODULUS = 1 << (8 * _DIGEST)
+
+
+def tree_map(f: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """The same nest of mappings, tuples and lists with f applied to its tensors; anything else stays as it is."""
+    if isinstance(tree, torch.Tensor):
+        return f(tree)
+    if isinstance(tree, Mapping):
+        return {k: tree_map(f, v) for k, v in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(*(tree_map(f, v) for v in tree)) if hasattr(tree, "_fields") else type(tree)(tree_map(f, v) for v in tree)
+    return tree
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors of a nest, in order."""
+    found: list[torch.Tensor] = []
+    tree_map(found.append, tree)
+    return found
+
+
+def count_of(batch: Any) -> int:
+    """Examples in a batch: the length of its first tensor with a batch dimension."""
+    for t in tensors_of(batch):
+        if t.ndim:
+            return int(t.shape[0])
+    raise BatchFormatError(
+        f"cannot tell how many examples a {type(batch).__name__} batch holds: it has no tensor with a batch dimension.\n"
+        "Let the loss return (sum, count)."
+    )
+
+
+def head(batch: Any, start: int, stop: int) -> Any | None:
+    """Examples start..stop of a batch, None where some tensor has no matching batch dimension."""
+    n = count_of(batch)
+    if any(t.ndim == 0 or t.shape[0] != n for t in tensors_of(batch)):
+        return None
+    return tree_map(lambda t: t[start:stop], batch)
+
+
+def as_loader(data: Any) -> Iterable[Any]:
+    """What the caller calls data as an iterable of batches.
+
+    A DataLoader or other iterable of batches stays; a Dataset is wrapped, unshuffled; one batch becomes a list of one:
+    a tensor, a mapping, or a tuple or list with at least one tensor in it (torch's default collate makes lists).
+    """
+    if isinstance(data, (torch.Tensor, Mapping)):
+        return [data]
+    if isinstance(data, (tuple, list)):
+        return [data] if any(isinstance(item, torch.Tensor) for item in data) else list(data)
+    if isinstance(data, DataLoader):
+        return data
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=_WRAPPED_BATCH, shuffle=False)
+    if not isinstance(data, Iterable):
+        raise ArgumentTypeError(f"loader is a {type(data).__name__}, expected a DataLoader, a Dataset, a list of batches or one batch.")
+    return data
+
+
+class Batches:
+    """Batches on `device`, the same ones in every pass.
+
+    Frozen where they fit `budget` bytes: one pass over the loader (a generator will do), then the loader is not read again.
+    Streamed where they do not: the loader is read in every pass, and the hashes of all samples, summed without regard to
+    order, must come out as in the first pass.
+    """
+
+    def __init__(self, data: Any, device: torch.device, budget: int) -> None:
+        self._loader = as_loader(data)
+        self._device = device
+        self._frozen: list[Any] = []
+        self.streamed = False
+        self.nbytes = 0
+        self.count = 0
+        self._hash = 0
+        self._read_first_pass(budget)
+        self._versions = [t._version for b in self._frozen for t in tensors_of(b)]
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(index, batch) for each batch; when streamed, a pass that ends with other samples than the first is an error."""
+        if not self.streamed:
+            yield from enumerate(self._frozen)
+            return
+        digest, count = 0, 0
+        with rng_restored(self._device):
+            iterator = iter(self._loader)
+        for index, batch in enumerate(iterator):
+            digest = (digest + sum(_sample_hashes(batch))) % _MODULUS
+            count += count_of(batch)
+            yield index, self._moved(batch)
+        if (digest, count) != (self._hash, self.count):
+            raise NondeterministicOperatorError(
+                f"the loader's passes differ: {self.count} samples (hash {self._hash:032x}) in the first, {count} (hash {digest:032x}) in this one.\n"
+                "Switch off augmentation and drop_last, fix the seed, or raise memory= so that the data are frozen after one pass."
+            )
+
+    def first(self) -> Any:
+        """The first batch of a pass."""
+        return next(iter(self))[1]
+
+    def check_unchanged(self) -> None:
+        """Frozen tensors belong to the caller where a list was handed in; an in-place edit changes the matrix."""
+        if [t._version for b in self._frozen for t in tensors_of(b)] != self._versions:
+            raise StaleOperatorError("a data tensor was changed in place after the operator was built. Build a new operator, or hand in a copy.")
+
+    def redraw(self, most: int = 2) -> str:
+        """Draw the first batches again and compare with what is frozen: "same", "other samples" or why it was not done.
+
+        Samples are looked up by hash, so that a shuffled loader over the same samples passes.
+        """
+        if isinstance(self._loader, (list, tuple)) or self._one_shot():
+            return "read once"
+        with rng_restored(self._device):
+            drawn = [batch for _, batch in zip(range(most), self._loader, strict=False)]
+        return "same" if self._known(drawn) else "other samples"
+
+    def recheck(self) -> str:
+        """A whole second pass: "same", "other samples" or why it was not done."""
+        if isinstance(self._loader, (list, tuple)) or self._one_shot():
+            return "read once"
+        with rng_restored(self._device):
+            hashes = [h for batch in self._loader for h in _sample_hashes(batch)]
+        return "same" if (sum(hashes) % _MODULUS, len(hashes)) == (self._hash_all(), self.count) else "other samples"
+
+    def digest(self) -> str:
+        """Hash of the multiset of samples."""
+        return f"{self._hash_all():032x}"
+
+    def _hash_all(self) -> int:
+        if not self.streamed and self._hash == 0:
+            self._hash = sum(h for b in self._frozen for h in _sample_hashes(b)) % _MODULUS
+        return self._hash
+
+    def _known(self, drawn: list[Any]) -> bool:
+        if self.streamed:
+            return True  # every pass is compared in full
+        redrawn = [_sample_hashes(batch) for batch in drawn]
+        if redrawn == [_sample_hashes(b) for b in self._frozen[: len(drawn)]]:
+            return True
+        known = {h for b in self._frozen for h in _sample_hashes(b)}
+        return all(h in known for hashes in redrawn for h in hashes)
+
+    def _one_shot(self) -> bool:
+        return isinstance(self._loader, Iterator)
+
+    def _read_first_pass(self, budget: int) -> None:
+        with rng_restored(self._device):
+            for batch in self._loader:
+                if count_of(batch) == 0:
+                    continue
+                self.count += count_of(batch)
+                size = sum(t.numel() * t.element_size() for t in tensors_of(batch))
+                if not self.streamed and self.nbytes + size > budget:
+                    self._start_streaming(budget)
+                if self.streamed:
+                    self._hash = (self._hash + sum(_sample_hashes(batch))) % _MODULUS
+                else:
+                    self._frozen.append(self._moved(batch))
+                self.nbytes += size
+        if self.count == 0:
+            raise EmptyLoaderError(f"the loader ({type(self._loader).__name__}) yields no samples. Check the dataset's length and drop_last.")
+
+    def _start_streaming(self, budget: int) -> None:
+        if self._one_shot():
+            raise LoaderExhaustedError(
+                f"the data exceed the budget of {budget:,} bytes, and a generator can be read only once.\n"
+                "Pass a DataLoader or a list of batches, or raise memory=."
+            )
+        self.streamed = True
+        self._hash = sum(h for b in self._frozen for h in _sample_hashes(b)) % _MODULUS
+        self._frozen.clear()
+
+    def _moved(self, batch: Any) -> Any:
+        return tree_map(lambda t: t.detach().to(self._device), batch)
+
+
+def _sample_hashes(batch: Any) -> list[int]:
+    """One 128-bit hash an example, over the example's part of every tensor in the batch."""
+    n = count_of(batch)
+    columns = []
+    for t in tensors_of(batch):
+        flat = t.detach().cpu().contiguous()
+        rows = flat if flat.ndim and flat.shape[0] == n else flat.expand(n, *flat.shape).contiguous()
+        columns.append(rows.reshape(n, -1).view(torch.uint8).reshape(n, -1).numpy() if rows.numel() else None)
+    hashes = []
+    for i in range(n):
+        h = hashlib.blake2b(digest_size=_DIGEST)
+        for column in columns:
+            if column is not None:
+                h.update(column[i].data)
+        hashes.append(int.from_bytes(h.digest(), "little"))
+    return hashes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes a run may use for frozen data and kept graphs."""
+
+    total: int
+
+    @classmethod
+    def of(cls, memory: str | int, device: torch.device) -> Budget:
+        """`"auto"`: half of what the process may still use; `"2GiB"`, `"500MB"` or a number of bytes otherwise."""
+        if memory == "auto":
+            return cls(available_memory(device) // 2)
+        if isinstance(memory, bool) or not isinstance(memory, (str, int)):
+            raise ArgumentTypeError(f"memory is a {type(memory).__name__}, expected 'auto', a text such as '2GiB' or a number of bytes.")
+        amount = memory if isinstance(memory, int) else _parse_bytes(memory)
+        if amount < 0:
+            raise InputError(f"memory={memory!r} is negative. Pass 'auto', a text such as '2GiB' or a number of bytes.")
+        return cls(amount)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes the process may still use: free device memory, or the host's available memory within its control group."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        limits += [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    used, cap = Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory.max")
+    if used.exists() and cap.exists() and cap.read_text().strip().isdigit():
+        limits.append(max(0, int(cap.read_text()) - int(used.read_text())))
+    return min(limits)
+
+
+def _parse_bytes(text: str) -> int:
+    units = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    digits = text.strip().lower()
+    unit = digits.lstrip("0123456789.").strip()
+    try:
+        return int(float(digits[: len(digits) - len(unit)].strip()) * units[unit or "b"])
+    except (ValueError, KeyError):
+        raise InputError(f"memory={text!r} is not a size. Write '2GiB', '500MB' or a number of bytes.") from None

@@ -1,0 +1,160 @@
+"""The Hessian of a loss over data as a SymmetricOperator."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from fastsharp.batches import tensors_of
+from fastsharp.curvature.autograd import GradientGraph
+from fastsharp.errors import DisconnectedLossError, UnusedParamWarning
+from fastsharp.objective import Objective
+from fastsharp.operator import SymmetricOperator
+from fastsharp.params import ParamLayout, Selector
+
+
+@final
+class Hessian(SymmetricOperator):
+    """H = d^2 L / d theta^2 of the weighted mean (or sum) of a loss over frozen data, at the present weights.
+
+    Arguments are those of `fastsharp.lanczos`. `H @ v`, `H @ M` (columns), `H.apply(V)` (rows), `.to_scipy()`.
+    Cost: a product is 6U a vector where the gradient's graph is kept, 9U where memory does not allow it (U: one forward
+    pass's matrix products; a gradient is 3U); graphs are built in the first product and shared by all vectors of a block.
+    At kinks (ReLU, max-pool) it is the Hessian almost everywhere, as autograd defines it.
+    Raises StaleOperatorError when weights, buffers or data change afterwards; `.refresh()` takes the new weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Any,
+        loss_fn: Any = None,
+        *,
+        params: Selector = None,
+        reduction: str = "auto",
+        bn: str | None = None,
+        dropout: str | None = None,
+        memory: str | int = "auto",
+        seed: int = 0,
+    ) -> None:
+        self.objective = Objective(
+            model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed
+        )
+        super().__init__(self.objective.selection.layout.n, self.objective.dtype, self.objective.device)
+        self.preflight: dict[str, Any] = {"level": "off"}
+        self._options = {"bn": bn, "dropout": dropout, "memory": memory}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._graphs: dict[int, tuple[GradientGraph, float]] = {}
+        self._graph_bytes = 0
+        self._all_kept = True
+        self._denominator: float | None = None
+        self._unused: tuple[str, ...] = ()
+
+    def refresh(self) -> Hessian:
+        """Take the model's present weights; the data stay the frozen ones. Returns self."""
+        self.objective.record_weights()
+        self._reset()
+        return self
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        notes = self.objective.notes()
+        if self._unused:
+            notes.append(f"no gradient path to {', '.join(self._unused)}: their rows of the Hessian are zero")
+        if not self._all_kept:
+            notes.append(f"{len(self._graphs)} batches kept their graph; the others exceed the memory budget and are recomputed in every product")
+        if self.preflight["level"] == "off":
+            notes.append("unchecked: preflight='off'")
+        return tuple(notes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"operator": "hessian", "backend": "autograd", "reduction": self.objective.reduction, **self._options, "preflight": self.preflight}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.objective.provenance()
+
+    @property
+    def layout(self) -> ParamLayout:
+        return self.objective.selection.layout
+
+    def check_unchanged(self) -> None:
+        self.objective.check_values()
+
+    def minibatch_graph(self, batch: Any, index: int = 0) -> tuple[GradientGraph, float]:
+        """A fresh gradient graph of one batch and its scale in the numerator of L; call inside `objective.quiet()`."""
+        value = self.objective.evaluate(index, batch)
+        return GradientGraph(value.loss, self.objective.selection.params), value.scale
+
+    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
+        self.objective.check_marks()
+        out.zero_()
+        tangents = [self.layout.views(v) for v in V]
+        sums = [self.layout.views(o) for o in out]
+        with self.objective.quiet():
+            if self._denominator is not None and self._all_kept:
+                for graph, scale in self._graphs.values():
+                    _accumulate(graph, scale, tangents, sums)
+            else:
+                self._pass(tangents, sums)
+        if self._denominator not in (None, 1.0):
+            out.div_(self._denominator)
+
+    def _pass(self, tangents: list[list[torch.Tensor]], sums: list[list[torch.Tensor]]) -> None:
+        """One pass over the data: build missing graphs, keep those that fit, learn the denominator on the first one."""
+        params = self.objective.selection.params
+        ignore = {p.untyped_storage().data_ptr() for p in params}
+        first, total, unused = self._denominator is None, 0.0, set(range(len(params)))
+        if first:
+            self._reset()  # an interrupted first pass leaves graphs whose counts are not known
+        for index, batch in self.objective.batches:
+            if index in self._graphs:
+                graph, scale = self._graphs[index]
+            else:
+                value = self.objective.evaluate(index, batch)
+                graph, scale = GradientGraph(value.loss, params), value.scale
+                if first:
+                    total += 0.0 if value.count is None else value.count
+                    unused &= set(graph.unused)
+                    self._keep(index, graph, scale, ignore | {t.untyped_storage().data_ptr() for t in tensors_of(batch)})
+            _accumulate(graph, scale, tangents, sums)
+        if first:
+            self._report_unused(unused)
+            self._denominator = 1.0 if self.objective.reduction == "sum" else total
+
+    def _keep(self, index: int, graph: GradientGraph, scale: float, ignore: set[int]) -> None:
+        size = graph.nbytes(ignore) if self._all_kept else 0
+        if self._all_kept and not self.objective.batches.streamed and self._graph_bytes + size <= self.objective.graph_budget:
+            self._graphs[index] = (graph, scale)
+            self._graph_bytes += size
+        else:
+            self._all_kept = False
+
+    def _report_unused(self, unused: set[int]) -> None:
+        names = self.objective.selection.names
+        if len(unused) == len(names):
+            raise DisconnectedLossError(
+                f"the loss has no path to any of the {len(names)} chosen parameters ({names[0]}, ...).\n"
+                "Choose parameters that the loss depends on, or remove the .detach() between them."
+            )
+        self._unused = tuple(names[i] for i in sorted(unused))
+        if self._unused:
+            warnings.warn(
+                f"no gradient path from the loss to {', '.join(self._unused)}: their rows of the Hessian are zero. Leave them out with params=.",
+                UnusedParamWarning,
+                stacklevel=2,
+            )
+
+
+def _accumulate(graph: GradientGraph, scale: float, tangents: list[list[torch.Tensor]], sums: list[list[torch.Tensor]]) -> None:
+    """sums[i] += scale * H_batch tangents[i], in place."""
+    for tangent, total in zip(tangents, sums, strict=True):
+        product = graph.product(tangent)
+        if product is not None:
+            torch._foreach_add_(total, list(product), alpha=scale)

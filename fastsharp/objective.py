@@ -1,0 +1,219 @@
+"""The finite-sum loss L(theta) over frozen data: weighted exactly, evaluated without a trace, and watched for changes."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fastsharp.batches import Batches, Budget
+from fastsharp.errors import ArgumentTypeError, DisconnectedLossError, InputError, ModelModeError, StaleOperatorError
+from fastsharp.guard import Modes, changed_buffers, untouched
+from fastsharp.locate import non_finite_loss
+from fastsharp.losses import Loss, Value
+from fastsharp.params import Selection, Selector, select
+
+_DATA_SHARE = 2  # frozen data take at most 1/2 of the budget, kept graphs the rest
+
+
+class Objective:
+    """L(theta) = sum_b scale_b loss_b(theta) / sum_b count_b over the batches of one frozen pass.
+
+    model      any nn.Module; it is evaluated as it stands and never changed
+    loader     a DataLoader, a Dataset, a list of batches or one batch
+    loss_fn    `loss_fn(output, target)`, `batch_loss(fn)`, or None
+    params     which parameters theta is: globs, names, a callable, None for all trainable ones
+    reduction  "auto", "mean" (the example-weighted mean) or "sum" (the plain sum)
+    bn, dropout, memory: see `fastsharp.lanczos`
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Any,
+        loss_fn: Any = None,
+        *,
+        params: Selector = None,
+        reduction: str = "auto",
+        bn: str | None = None,
+        dropout: str | None = None,
+        memory: str | int = "auto",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
+        if loader is None:
+            raise InputError("a model needs data: pass a DataLoader, a Dataset, a list of batches or one batch.")
+        self.model = model
+        self.selection: Selection = select(model, params)
+        self.modes = Modes(model, bn, dropout)
+        budget = Budget.of(memory, self.device).total
+        self.batches = Batches(loader, self.device, budget // _DATA_SHARE)
+        self.graph_budget = budget - (0 if self.batches.streamed else self.batches.nbytes)
+        self.seed = seed
+        self.loss = Loss(model, loss_fn, reduction)
+        self._uses_attention = False
+        self.record_weights()
+        self._check_buffers()
+        self.loss.settle_reduction(self.batches.first(), self._once)
+
+    @property
+    def device(self) -> torch.device:
+        return self.selection.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.selection.dtype
+
+    @property
+    def reduction(self) -> str:
+        """ "mean" or "sum", as given or found."""
+        return self.loss.reduction
+
+    def evaluate(self, index: int, batch: Any) -> Value:
+        """The loss of batch `index`, with its graph; call inside `quiet()`. Not finite: NonFiniteError that says where."""
+        value = self.evaluate_unchecked(index, batch)
+        if not value.loss.requires_grad:
+            raise DisconnectedLossError(
+                f"the loss has no path to any parameter of {type(self.model).__name__}: it was detached, or computed under no_grad.\n"
+                "Remove .detach(), .item() or torch.no_grad() between the model and the loss."
+            )
+        if not bool(torch.isfinite(value.loss.detach())):
+            raise non_finite_loss(self.model, index, batch, float(value.loss.detach()), lambda: self.evaluate_unchecked(index, batch))
+        return value
+
+    def evaluate_unchecked(self, key: Any, batch: Any) -> Value:
+        """The loss of a batch whose frozen statistics and masks go by `key`."""
+        with self.modes.applied(key, self.mask_seed(key)):
+            return self.loss(batch)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Twice differentiable evaluation; everything of the caller's is restored on the way out."""
+        with untouched(self.model, self.device):
+            yield
+
+    def notes(self) -> list[str]:
+        """What a result of this objective must say."""
+        notes = self.selection.notes() + self.modes.notes() + list(self.loss.notes)
+        if self.reduction == "sum":
+            notes.append("reduction 'sum': the Hessian is that of the plain sum over examples, not of their mean")
+        if self.loss.loss_fn is None:
+            notes.append("loss: the model's own .loss, or cross-entropy")
+        if self._uses_attention:
+            notes.append("attention ran on torch's MATH kernel, the one with a second derivative")
+        if self.batches.streamed:
+            notes.append("the data exceed the memory budget and were read anew in every product")
+        return notes
+
+    def provenance(self) -> dict[str, Any]:
+        """Versions, device, and hashes of data and weights."""
+        digest = hashlib.blake2b(digest_size=16)
+        for p in self.selection.params:
+            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": str(self.device),
+            "dtype": str(self.dtype),
+            "model": type(self.model).__name__,
+            "params": self.selection.names,
+            "frozen": self.selection.frozen,
+            "n": self.selection.layout.n,
+            "samples": self.batches.count,
+            "data_hash": self.batches.digest(),
+            "weights_hash": digest.hexdigest(),
+        }
+
+    # --- weights: recorded at construction, compared at each product and, by value, around each run ---
+
+    def record_weights(self) -> None:
+        """Take the present weights and buffers as the point at which derivatives are taken."""
+        self.modes.clear()
+        self._marks = self._present_marks()
+        self._sums = self._present_sums()
+
+    def check_marks(self) -> None:
+        """StaleOperatorError if a parameter or buffer was replaced or written since; costs no device work."""
+        present = self._present_marks()
+        if present != self._marks:
+            changed = [name for name in self._marks if present.get(name) != self._marks[name]]
+            raise _stale(changed or [name for name in present if name not in self._marks])
+        self.batches.check_unchanged()
+
+    def check_values(self) -> None:
+        """check_marks, and a checksum that sees edits through `.data`, which leave no mark."""
+        self.check_marks()
+        present = self._present_sums()
+        changed = [name for name, total in self._sums.items() if present[name] != total]
+        if changed:
+            raise _stale(changed)
+
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
+
+    def _present_marks(self) -> dict[str, tuple[int, int]]:
+        return {name: (t.data_ptr(), t._version) for name, t in self._state()}
+
+    def _present_sums(self) -> dict[str, tuple[int, int]]:
+        return {name: _bit_sums(t) for name, t in self._state()}
+
+    def mask_seed(self, key: Any) -> int:
+        """Seed of the dropout masks of the batch called `key`."""
+        return self.seed * 4_294_967_296 + zlib.crc32(repr(key).encode())  # not hash(): that of a str differs between processes
+
+    def _once(self, batch: Any) -> Value:
+        """One evaluation of the whole first batch, or of a part of it by the recorded statistics of the whole."""
+        with self.quiet(), torch.no_grad():
+            return self.evaluate_unchecked(0, batch)
+
+    def _check_buffers(self) -> None:
+        """The forward pass must leave buffers alone, or each product would see another function."""
+        versions = {name: b._version for name, b in self.model.named_buffers()}
+        with self.quiet(), torch.no_grad(), _AttentionSeen() as seen:
+            self.evaluate_unchecked(0, self.batches.first())
+            changed = changed_buffers(self.model, versions)
+        self._uses_attention = seen.found
+        if changed:
+            raise ModelModeError(
+                f"the forward pass of {type(self.model).__name__} writes to its buffers: {', '.join(changed[:6])}.\n"
+                "Its Hessian is not one matrix. Call model.eval() if that stops the updates."
+            )
+
+
+class _AttentionSeen(TorchFunctionMode):
+    """Notices a call of scaled_dot_product_attention."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.found = True
+        return func(*args, **(kwargs or {}))
+
+
+def _stale(changed: list[str]) -> StaleOperatorError:
+    shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+    return StaleOperatorError(
+        f"changed since the operator was built: {shown}.\nAn operator is the Hessian at the weights of its construction. Call operator.refresh(), or build a new one."
+    )
+
+
+def _bit_sums(t: torch.Tensor) -> tuple[int, int]:
+    """Two integer sums over the bits of a tensor: order-free and exact, so any single change shows."""
+    if t.numel() == 0 or t.is_meta:
+        return (0, 0)
+    flat = t.detach().contiguous().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    size = flat.element_size()
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
