@@ -1,0 +1,114 @@
+"""The one-line calls: a model and its data in, a result with its doubt out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastsharp.curvature.hessian import Hessian
+from fastsharp.errors import InputError
+from fastsharp.krylov.lanczos import check_arguments
+from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
+from fastsharp.operator import as_operator
+from fastsharp.params import Selector
+from fastsharp.preflight import LEVELS
+from fastsharp.preflight import preflight as run_preflight
+from fastsharp.progress import Progress
+from fastsharp.results import Eigenpairs
+
+
+def lanczos(
+    model: Any,
+    loader: Any = None,
+    loss_fn: Any = None,
+    *,
+    k: int = 5,
+    which: str = "LA",
+    tol: float = 1e-3,
+    criterion: str = "residual",
+    max_iter: int | None = None,
+    params: Selector = None,
+    reduction: str = "auto",
+    bn: str | None = None,
+    dropout: str | None = None,
+    memory: str | int = "auto",
+    method: str = "auto",
+    verify: bool = True,
+    v0: torch.Tensor | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    strict: bool = False,
+    strict_data: bool = False,
+    preflight: str = "fast",
+) -> Eigenpairs:
+    """H x_i = lambda_i x_i: k eigenpairs of a loss Hessian, each with its true residual ||H x_i - lambda_i x_i||.
+
+        result = fastsharp.lanczos(model, loader)
+        values, vectors = result
+
+    model      an nn.Module, evaluated as it stands and left as it was; or, without a loader, a SymmetricOperator, a square
+               tensor, a scipy LinearOperator or `(callable, n)`
+    loader     a DataLoader, a Dataset, a list of batches or one batch; batches are `(x, y)` or dicts. The data are read once
+               and frozen; beyond the memory budget they are read anew in every product and compared by hash
+    loss_fn    `loss_fn(output, target)`, `fastsharp.batch_loss(fn)`, or None: the output's own `.loss`, else cross-entropy
+    k, which   how many and which: "LA" largest (sharpness), "SA" smallest, "LM" largest modulus, "BE" both ends
+    tol        criterion "residual": ||Hx - lambda x|| <= tol |lambda|; "value": |error of lambda| <= tol |lambda| by the bound
+               min(r, r^2/gap), which takes fewer products
+    max_iter   Krylov products at most, min(n, max(20 k, 300)) by default
+    params     globs, names or `f(name, parameter)`: the parameters to differentiate; frozen ones are left out
+    reduction  "auto", "mean" (of the example-weighted mean) or "sum"
+    bn         None refuses BatchNorm in train mode; "eval"; "frozen-batch-stats"
+    dropout    None refuses active Dropout; "eval"; "fixed-masks"
+    memory     bytes for frozen data and kept graphs: "auto" (half of what is free), "2GiB", a number
+    method     "lanczos", "dense", or "auto" (dense for n <= max(64, 2 k))
+    verify     False skips the k products for true residuals and says so
+    v0, seed   start vector (n,), or the seed of a random one
+    progress   True, False, or None: shown where the error stream is a terminal
+    strict     raise NotConvergedError instead of the warning; both carry `.partial`
+    strict_data  raise when the loader returns other samples on a second draw, instead of the warning
+    preflight  "full", "fast" or "off": see `fastsharp.preflight`
+
+    Returns Eigenpairs: values float64 (k,), vectors (k, n) rows on the model's device, residuals, error bounds, flags, notes.
+    Cost: `n_matvec` Krylov products + k for the residuals + preflight (4 products on one batch).
+    Raises subclasses of FastsharpError that name the object, the cause and one thing to do; Interrupted on Ctrl-C, with
+    `.partial`. All copies of a multiple eigenvalue are not promised, nor interior ones.
+    Source: Lanczos with full reorthogonalisation, Parlett, The Symmetric Eigenvalue Problem (1998), section 13.
+    """
+    if preflight not in LEVELS:
+        raise InputError(f"preflight={preflight!r} is none of {', '.join(map(repr, LEVELS))}.")
+    shown = Progress(progress)
+    if isinstance(model, nn.Module):
+        operator: Any = Hessian(
+            model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed
+        )
+    else:
+        _refuse_model_arguments(loader=loader, loss_fn=loss_fn, params=params, bn=bn, dropout=dropout)
+        operator = as_operator(model)
+    check_arguments(operator.n, k=k, which=which, tol=tol, criterion=criterion, max_iter=max_iter, method=method)
+    if isinstance(operator, Hessian) and (operator.preflight["level"] == "off" or isinstance(model, nn.Module)):
+        run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
+    with shown:
+        return krylov_lanczos(
+            operator,
+            k=k,
+            which=which,
+            tol=tol,
+            criterion=criterion,
+            max_iter=max_iter,
+            method=method,
+            verify=verify,
+            v0=v0,
+            seed=seed,
+            strict=strict,
+            check="off" if isinstance(operator, Hessian) or preflight == "off" else "auto",
+            on_step=shown.on_step,
+        )
+
+
+def _refuse_model_arguments(**given: Any) -> None:
+    """Arguments that speak of a model make no sense beside a matrix; silence would hide a mistake."""
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)}: only for a torch.nn.Module; the first argument is an operator or matrix. Leave them out.")
