@@ -1,0 +1,3 @@
+"""Krylov methods for symmetric operators; knows no models."""
+
+from fastsharp.krylov.lanczos import lanczos as lanczos

@@ -1,0 +1,1 @@
+"""Matrices and models whose answers are known without fastsharp."""
