@@ -1,0 +1,132 @@
+"""What the command line shows and writes of a result: a table for 80 columns and strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastsharp.results import Eigenpairs
+
+SCHEMA, SCHEMA_VERSION = "fastsharp.eigenpairs", 1
+
+
+def table(result: Eigenpairs) -> Table:
+    """One row per pair; relative is residual / |eigenvalue|, bound the distance within which an eigenvalue is certain."""
+    from rich import box
+    from rich.table import Table
+
+    t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    t.add_column("#", justify="right", style="dim")
+    for name in ("eigenvalue", "residual", "relative", "error bound"):
+        t.add_column(name, justify="right")
+    t.add_column("converged", justify="center")
+    relative = relative_residuals(result)
+    show = _aligned(result.eigenvalues.tolist())
+    rows = zip(result.eigenvalues.tolist(), result.residuals.tolist(), relative, result.error_bounds.tolist(), strict=True)
+    for i, (value, residual, rel, bound) in enumerate(rows):
+        done = "[green]yes[/]" if bool(result.converged[i]) else "[bold red]NO[/]"
+        t.add_row(str(i + 1), f"[bold]{show(value)}[/]", f"{residual:.1e}", f"{rel:.1e}", f"{bound:.1e}", done)
+    return t
+
+
+def _aligned(values: list[float]) -> Callable[[float], str]:
+    """Six significant digits for the largest, the same number of decimals for all; exponents where decimals would hide one."""
+    sizes = [abs(v) for v in values if v and math.isfinite(v)]
+    top = math.floor(math.log10(max(sizes))) if sizes else 0
+    if not -3 <= top <= 6 or (sizes and min(sizes) < max(sizes) * 1e-4):
+        return lambda v: f"{v:.5e}"
+    return lambda v: f"{v:.{max(0, 5 - top)}f}"
+
+
+def relative_residuals(result: Eigenpairs) -> list[float]:
+    """||Hv - lambda v|| / |lambda| per pair; inf where lambda is zero and the residual is not."""
+    pairs = zip(result.residuals.tolist(), result.eigenvalues.tolist(), strict=True)
+    return [r / abs(v) if v else (math.inf if r else 0.0) for r, v in pairs]
+
+
+def facts(result: Eigenpairs, seconds: float) -> list[tuple[str, str]]:
+    """(label, text) of the lines under the table: parameters, products, verification, time, preflight, backend."""
+    known = {**result.provenance, **result.settings}
+    checked = "true residuals, one product per pair" if result.verified else "off: residuals are the recurrence's estimate"
+    lines = [
+        ("parameters", f"{result.eigenvectors.shape[1]:,}"),
+        ("products", f"{result.n_matvec} Hessian-vector products"),
+        ("verification", f"{result.n_verify} products more ({checked})"),
+        ("seconds", f"{seconds:.1f}"),
+    ]
+    if "preflight" in known:
+        lines.append(("preflight", _preflight(known["preflight"])))
+    if "backend" in known:
+        lines.append(("backend", str(known["backend"])))
+    return lines
+
+
+def _preflight(outcome: Any) -> str:
+    """What the checks measured: a run that got this far passed them, unless they were off."""
+    if not isinstance(outcome, Mapping):
+        return str(outcome)
+    if outcome.get("level") == "off":
+        return "off: unchecked"
+    measured = [f"{k.replace('_', ' ')} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in outcome.items() if k != "level"]
+    return f"passed ({outcome.get('level')}): {', '.join(measured)}"
+
+
+def record(result: Eigenpairs, **extra: Any) -> dict[str, Any]:
+    """The result as plain JSON values, without the eigenvectors; `extra` are further sections (data, model, seconds).
+
+    Numbers that JSON has no sign for (inf, nan) become null, tensors lists, everything unknown its str().
+    """
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "eigenvalues": plain(result.eigenvalues),
+        "residuals": plain(result.residuals),
+        "relative_residuals": plain(relative_residuals(result)),
+        "error_bounds": plain(result.error_bounds),
+        "converged": plain(result.converged),
+        "verified": result.verified,
+        "n_parameters": result.eigenvectors.shape[1],
+        "n_matvec": result.n_matvec,
+        "n_verify": result.n_verify,
+        "notes": list(result.notes),
+        "settings": plain(result.settings),
+        "provenance": plain(result.provenance),
+        **{key: plain(value) for key, value in extra.items()},
+    }
+
+
+def plain(value: Any) -> Any:
+    """value in JSON's own types."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    if callable(value):  # its str() holds an address, which differs from run to run
+        return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return str(value)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Strict JSON under its final name only when complete: written beside it, then renamed."""
+    text = json.dumps(content, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
