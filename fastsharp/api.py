@@ -9,8 +9,8 @@ from torch import nn
 
 from fastsharp.curvature.hessian import Hessian
 from fastsharp.errors import InputError
-from fastsharp.krylov.lanczos import check_arguments
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
+from fastsharp.krylov.request import check_arguments
 from fastsharp.operator import as_operator
 from fastsharp.params import Selector
 from fastsharp.preflight import LEVELS
@@ -86,25 +86,23 @@ def lanczos(
     else:
         _refuse_model_arguments(loader=loader, loss_fn=loss_fn, params=params, bn=bn, dropout=dropout)
         operator = as_operator(model)
-    check_arguments(operator.n, k=k, which=which, tol=tol, criterion=criterion, max_iter=max_iter, method=method)
-    if isinstance(operator, Hessian) and (operator.preflight["level"] == "off" or isinstance(model, nn.Module)):
+    arguments: dict[str, Any] = {
+        "k": k,
+        "which": which,
+        "tol": tol,
+        "criterion": criterion,
+        "max_iter": max_iter,
+        "method": method,
+        "verify": verify,
+        "seed": seed,
+        "strict": strict,
+        "check": "off" if isinstance(operator, Hessian) or preflight == "off" else "auto",
+    }
+    check_arguments(operator.n, **arguments)  # before the preflight spends products
+    if isinstance(operator, Hessian) and operator.preflight["level"] == "off":
         run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
     with shown:
-        return krylov_lanczos(
-            operator,
-            k=k,
-            which=which,
-            tol=tol,
-            criterion=criterion,
-            max_iter=max_iter,
-            method=method,
-            verify=verify,
-            v0=v0,
-            seed=seed,
-            strict=strict,
-            check="off" if isinstance(operator, Hessian) or preflight == "off" else "auto",
-            on_step=shown.on_step,
-        )
+        return krylov_lanczos(operator, v0=v0, on_step=shown.on_step, **arguments)
 
 
 def _refuse_model_arguments(**given: Any) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +24,7 @@ from fastsharp.errors import (
     NondeterministicOperatorError,
     StaleOperatorError,
 )
-from fastsharp.guard import rng_restored
+from fastsharp.guard import rng_restored, version_of
 
 _WRAPPED_BATCH = 256  # batch size when a Dataset is handed in
 _DIGEST = 16
@@ -89,7 +92,8 @@ class Batches:
 
     Frozen where they fit `budget` bytes: one pass over the loader (a generator will do), then the loader is not read again.
     Streamed where they do not: the loader is read in every pass, and the hashes of all samples, summed without regard to
-    order, must come out as in the first pass.
+    order, must come out as in the first pass. Where `ordered` is set, so must the samples of each batch by itself: a loss
+    that looks across a batch, frozen batch statistics and masks are functions of the grouping as well.
     """
 
     def __init__(self, data: Any, device: torch.device, budget: int) -> None:
@@ -99,9 +103,11 @@ class Batches:
         self.streamed = False
         self.nbytes = 0
         self.count = 0
+        self.ordered = False
         self._hash = 0
+        self._by_batch: list[int] = []  # when streamed: the hash of each batch of the first pass
         self._read_first_pass(budget)
-        self._versions = [t._version for b in self._frozen for t in tensors_of(b)]
+        self._versions = self._present_versions()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """(index, batch) for each batch; when streamed, a pass that ends with other samples than the first is an error."""
@@ -109,12 +115,16 @@ class Batches:
             yield from enumerate(self._frozen)
             return
         digest, count = 0, 0
-        with rng_restored(self._device):
-            iterator = iter(self._loader)
-        for index, batch in enumerate(iterator):
-            digest = (digest + sum(_sample_hashes(batch))) % _MODULUS
-            count += count_of(batch)
-            yield index, self._moved(batch)
+        with self._draws():
+            for index, batch in enumerate(b for b in self._loader if count_of(b)):
+                own = sum(_sample_hashes(batch)) % _MODULUS
+                digest, count = (digest + own) % _MODULUS, count + count_of(batch)
+                if self.ordered and self._by_batch[index : index + 1] != [own]:
+                    raise NondeterministicOperatorError(
+                        f"batch {index} holds other samples than in the first pass, and this loss depends on how samples are grouped.\n"
+                        "Switch off shuffle, or raise memory= so that the data are frozen after one pass."
+                    )
+                yield index, self._moved(batch)
         if (digest, count) != (self._hash, self.count):
             raise NondeterministicOperatorError(
                 f"the loader's passes differ: {self.count} samples (hash {self._hash:032x}) in the first, {count} (hash {digest:032x}) in this one.\n"
@@ -123,11 +133,12 @@ class Batches:
 
     def first(self) -> Any:
         """The first batch of a pass."""
-        return next(iter(self))[1]
+        _, batch = next(iter(self))
+        return batch
 
     def check_unchanged(self) -> None:
         """Frozen tensors belong to the caller where a list was handed in; an in-place edit changes the matrix."""
-        if [t._version for b in self._frozen for t in tensors_of(b)] != self._versions:
+        if self._present_versions() != self._versions:
             raise StaleOperatorError("a data tensor was changed in place after the operator was built. Build a new operator, or hand in a copy.")
 
     def redraw(self, most: int = 2) -> str:
@@ -137,15 +148,15 @@ class Batches:
         """
         if isinstance(self._loader, (list, tuple)) or self._one_shot():
             return "read once"
-        with rng_restored(self._device):
-            drawn = [batch for _, batch in zip(range(most), self._loader, strict=False)]
+        with self._draws(afresh=True):
+            drawn = [batch for _, batch in zip(range(most), (b for b in self._loader if count_of(b)), strict=False)]
         return "same" if self._known(drawn) else "other samples"
 
     def recheck(self) -> str:
         """A whole second pass: "same", "other samples" or why it was not done."""
         if isinstance(self._loader, (list, tuple)) or self._one_shot():
             return "read once"
-        with rng_restored(self._device):
+        with self._draws(afresh=True):
             hashes = [h for batch in self._loader for h in _sample_hashes(batch)]
         return "same" if (sum(hashes) % _MODULUS, len(hashes)) == (self._hash_all(), self.count) else "other samples"
 
@@ -171,7 +182,7 @@ class Batches:
         return isinstance(self._loader, Iterator)
 
     def _read_first_pass(self, budget: int) -> None:
-        with rng_restored(self._device):
+        with self._draws():
             for batch in self._loader:
                 if count_of(batch) == 0:
                     continue
@@ -180,7 +191,8 @@ class Batches:
                 if not self.streamed and self.nbytes + size > budget:
                     self._start_streaming(budget)
                 if self.streamed:
-                    self._hash = (self._hash + sum(_sample_hashes(batch))) % _MODULUS
+                    self._by_batch.append(sum(_sample_hashes(batch)) % _MODULUS)
+                    self._hash = (self._hash + self._by_batch[-1]) % _MODULUS
                 else:
                     self._frozen.append(self._moved(batch))
                 self.nbytes += size
@@ -194,11 +206,51 @@ class Batches:
                 "Pass a DataLoader or a list of batches, or raise memory=."
             )
         self.streamed = True
-        self._hash = sum(h for b in self._frozen for h in _sample_hashes(b)) % _MODULUS
+        self._by_batch = [sum(_sample_hashes(b)) % _MODULUS for b in self._frozen]
+        self._hash = sum(self._by_batch) % _MODULUS
         self._frozen.clear()
 
+    def _present_versions(self) -> list[int]:
+        return [version_of(t) for b in self._frozen for t in tensors_of(b)]
+
     def _moved(self, batch: Any) -> Any:
-        return tree_map(lambda t: t.detach().to(self._device), batch)
+        return tree_map(lambda t: _ordinary(t.detach().to(self._device)), batch)
+
+    @contextmanager
+    def _draws(self, *, afresh: bool = False) -> Iterator[None]:
+        """Around each reading of the loader: random states, the loader's own generators among them, are put back after it.
+
+        afresh   read from other random states, so that a draw that depends on them shows
+        """
+        own = {g: g.get_state() for g in _generators(self._loader)}
+        with rng_restored(self._device), torch.inference_mode(False):
+            try:
+                if afresh:
+                    _stir([torch.default_generator, *own])
+                yield
+            finally:
+                for g, state in own.items():
+                    g.set_state(state)
+
+
+def _generators(loader: Any) -> set[torch.Generator]:
+    """The random generators a DataLoader and its samplers were given."""
+    samplers = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    samplers.append(getattr(samplers[-1], "sampler", None))
+    return {g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)}
+
+
+def _stir(generators: Iterable[torch.Generator]) -> None:
+    """Put the global random states and these generators elsewhere; whoever calls this restores them."""
+    for g in generators:
+        g.manual_seed(g.initial_seed() ^ 0x5BD1E995)
+    random.seed(0x5BD1E995)
+    np.random.seed(0x5BD1E995)  # noqa: NPY002  (the state that a dataset may draw from)
+
+
+def _ordinary(t: torch.Tensor) -> torch.Tensor:
+    """t itself, or a copy that autograd can save where it was made under inference_mode."""
+    return t.clone() if t.is_inference() else t
 
 
 def _sample_hashes(batch: Any) -> list[int]:

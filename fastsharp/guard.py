@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastsharp.errors import InputError, ModelModeError
 
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 BN_CHOICES = (None, "eval", "frozen-batch-stats")
 DROPOUT_CHOICES = (None, "eval", "fixed-masks")
 
@@ -40,7 +41,7 @@ class Modes:
         self.model = model
         self.bn = bn
         self.dropout = dropout
-        self._stats: dict[tuple[Any, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._stats: dict[Any, dict[str, list[tuple[torch.Tensor, torch.Tensor]]]] = {}  # by batch, then module, call by call
         self.check()
 
     def check(self) -> None:
@@ -52,6 +53,13 @@ class Modes:
                 "Its Hessian depends on how the data are batched. Call model.eval(), or choose bn='eval' (running statistics)\n"
                 "or bn='frozen-batch-stats' (each batch's statistics, held constant)."
             )
+        if self.bn == "frozen-batch-stats":
+            own = [name for name, m in self._norms() if type(m).forward not in _FORWARDS or "forward" in m.__dict__]
+            if own:
+                raise ModelModeError(
+                    f"bn='frozen-batch-stats' cannot replace a forward method of the module's own: {_names(own)}.\n"
+                    "Choose bn='eval', or use torch's BatchNorm."
+                )
         random_ = [name for name, _ in self._dropouts()] if self.dropout is None else []
         if random_:
             raise ModelModeError(
@@ -68,24 +76,38 @@ class Modes:
             notes.append(f"Dropout: {self.dropout}")
         return notes
 
+    def by_batch(self) -> bool:
+        """Whether the function evaluated depends on how samples are grouped into batches."""
+        frozen = self.bn == "frozen-batch-stats" and any(True for _ in self._norms())
+        return frozen or (self.dropout == "fixed-masks" and self.masked())
+
+    def masked(self) -> bool:
+        """Whether some module draws a dropout mask."""
+        return any(True for _ in self._dropouts())
+
     def clear(self) -> None:
         """Forget recorded batch statistics; the weights have changed."""
         self._stats.clear()
 
     @contextmanager
-    def applied(self, key: Any, seed: int) -> Iterator[None]:
-        """Modules in the chosen modes for the batch called `key`; statistics of that key are recorded once, then replayed."""
+    def applied(self, key: Any, seed: int, *, masks: bool = True) -> Iterator[None]:
+        """Modules in the chosen modes for the batch called `key`; statistics of that key are recorded once, then replayed.
+
+        masks   False switches dropout off even where masks were chosen
+        """
         with ExitStack() as stack:
+            recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
             if self.bn == "eval":
                 self._in_eval(stack, [m for _, m in self._norms()])
             elif self.bn == "frozen-batch-stats":
                 for name, m in list(self._norms()):
-                    self._freeze(stack, m, (key, name))
-            if self.dropout == "eval":
+                    self._freeze(stack, m, self._stats[key].get(name) if key in self._stats else None, recorded.setdefault(name, []))
+            if self.dropout == "eval" or not masks:
                 self._in_eval(stack, [m for _, m in self._dropouts()])
             elif self.dropout == "fixed-masks":
                 _seed(self.model, seed)  # the states of the generators are put back by `untouched`
             yield
+            self._stats.setdefault(key, recorded)  # only after a whole pass: an interrupted one leaves no half record
 
     def _norms(self) -> Iterator[tuple[str, _BatchNorm]]:
         """BatchNorm modules that would normalise by batch statistics."""
@@ -96,9 +118,10 @@ class Modes:
     def _dropouts(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules that would draw a mask; attention and recurrent modules carry their dropout as a number."""
         for name, m in self.model.named_modules():
-            p = m.p if isinstance(m, _DropoutNd) else getattr(m, "dropout", 0.0)
-            alone = isinstance(m, nn.RNNBase) and m.num_layers == 1
-            if m.training and isinstance(p, float) and p > 0.0 and isinstance(m, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)) and not alone:
+            if not m.training or not isinstance(m, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)):
+                continue
+            alone = isinstance(m, nn.RNNBase) and m.num_layers == 1  # torch applies it between layers only
+            if not alone and (m.p if isinstance(m, _DropoutNd) else m.dropout) > 0:
                 yield name, m
 
     @staticmethod
@@ -108,14 +131,18 @@ class Modes:
                 stack.callback(setattr, m, "training", True)
                 m.training = False
 
-    def _freeze(self, stack: ExitStack, m: _BatchNorm, key: tuple[Any, str]) -> None:
-        """Replace m.forward by normalisation with the key's recorded statistics, in the order of its calls."""
-        recorded = self._stats.setdefault(key, [])
-        recording = not recorded
-        calls = iter(list(recorded))
+    @staticmethod
+    def _freeze(
+        stack: ExitStack,
+        m: _BatchNorm,
+        known: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        recorded: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Replace m.forward by normalisation with the known statistics, in the order of its calls; record them where none are known."""
+        calls = None if known is None else iter(known)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if recording:
+            if calls is None:
                 dims = [0, *range(2, x.ndim)]
                 mean, var = x.detach().mean(dims), x.detach().var(dims, unbiased=False)
                 recorded.append((mean, var))
@@ -123,9 +150,8 @@ class Modes:
                 mean, var = next(calls)
             return F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), m.weight, m.bias, training=False, eps=m.eps)
 
-        own = m.__dict__.get("forward")  # an instance attribute only where the user has put one
+        stack.callback(m.__dict__.pop, "forward", None)
         m.__dict__["forward"] = forward
-        stack.callback(m.__dict__.__setitem__, "forward", own) if own is not None else stack.callback(m.__dict__.pop, "forward", None)
 
 
 @contextmanager
@@ -139,18 +165,21 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         _set(stack, torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
         _full_precision(stack, model, device)
-        stack.callback(_restore_buffers, [(b, b._version, b.detach().clone()) for b in model.buffers() if b.numel()])
+        if "torch._dynamo" in sys.modules:  # compiled graphs have no second derivative
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        held = [(m._buffers, name, b, version_of(b), b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+        stack.callback(_restore_buffers, held)
         yield
 
 
 @contextmanager
 def rng_restored(device: torch.device | None = None) -> Iterator[None]:
     """Python, numpy and torch random states are on exit what they were on entry."""
-    cuda = device is not None and device.type == "cuda"
+    cuda = device if device is not None and device.type == "cuda" else None
     numpy = sys.modules.get("numpy")
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    cuda_state = torch.cuda.get_rng_state(device) if cuda else None
+    cuda_state = torch.cuda.get_rng_state(cuda) if cuda is not None else None
     try:
         yield
     finally:
@@ -159,8 +188,8 @@ def rng_restored(device: torch.device | None = None) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if numpy is not None and numpy_state is not None and _differ(numpy.random.get_state(), numpy_state):
             numpy.random.set_state(numpy_state)  # 50 times the cost of a look at it
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
+        if cuda is not None and cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, cuda)
 
 
 def _differ(present: Any, saved: Any) -> bool:
@@ -185,28 +214,36 @@ def _full_precision(stack: ExitStack, model: nn.Module, device: torch.device) ->
     """Strict float32 products. Only the per-operator flags are written, and only where they ask for less than float32:
     writing a flag that is already right would make torch's older flag API refuse to be read."""
     backends: list[Any]
+    torch_backends: Any = torch.backends  # torch's stubs lack the flags of 2.9 and later
     if device.type == "cuda":
-        backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+        backends = [torch_backends.cuda.matmul, torch_backends.cudnn.conv, torch_backends.cudnn.rnn]
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # cuDNN's recurrent kernels have no second derivative
             _set(stack, lambda: torch.backends.cudnn.enabled, lambda v: setattr(torch.backends.cudnn, "enabled", v), False)
     else:
-        backends = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn]
+        backends = [torch_backends.mkldnn.matmul, torch_backends.mkldnn.conv, torch_backends.mkldnn.rnn]
     for backend in backends:
         if backend.fp32_precision in ("tf32", "bf16"):
             stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
             backend.fp32_precision = "ieee"
 
 
-def _restore_buffers(saved: list[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
+def version_of(t: torch.Tensor) -> int:
+    """How often a tensor was written in place; inference tensors do not count, and stay at -1."""
+    return -1 if t.is_inference() else int(t._version)
+
+
+def _restore_buffers(saved: list[tuple[dict[str, Any], str, torch.Tensor, int, torch.Tensor]]) -> None:
     with torch.no_grad():
-        for buffer, version, value in saved:
-            if buffer._version != version:
+        for holder, name, buffer, version, value in saved:
+            if holder.get(name) is not buffer:
+                holder[name] = buffer
+            if version_of(buffer) != version:
                 buffer.copy_(value)
 
 
-def changed_buffers(model: nn.Module, versions: dict[str, int]) -> list[str]:
-    """Names of buffers written since `versions` was taken."""
-    return [name for name, b in model.named_buffers() if b._version != versions.get(name)]
+def marks(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[int, int]]:
+    """{name: (address, version)}: differs once a tensor is replaced or written in place."""
+    return {name: (t.data_ptr(), version_of(t)) for name, t in tensors}
 
 
 def _names(names: list[str], most: int = 6) -> str:

@@ -79,6 +79,7 @@ class Loss:
         self.reduction = _declared(loss_fn) if reduction == "auto" else reduction
         if self.reduction == "none":
             raise LossShapeError(f"{_name(loss_fn)} has reduction='none', so the loss is not a scalar. Use reduction='mean' or 'sum'.")
+        self.additive = not isinstance(loss_fn, BatchLoss)  # a sum over examples, however they are grouped into batches
         self.notes: list[str] = []
 
     def __call__(self, batch: Any) -> Value:
@@ -116,6 +117,7 @@ class Loss:
                 "so the loss is neither clearly a mean nor a sum over examples. Pass reduction='mean' or 'sum', or return (sum, count)."
             )
         self.reduction = "mean" if fits["mean"] else "sum"
+        self.additive = True
         self.notes.append(f"reduction {self.reduction!r} found by halving a batch")
 
     def _evaluate(self, batch: Any) -> tuple[Any, float | None]:
@@ -127,7 +129,8 @@ class Loss:
         if self.loss_fn is None:
             own = _field(output, "loss")
             if own is not None:
-                return own, _token_count(self.model, target, own, output)
+                count = _token_count(self.model, target, output)
+                return (own, count) if count != 0.0 else (_nothing(output), 0.0)
             if target is None or not _is_class_target(target):
                 raise OutputFormatError(
                     f"no loss: the output ({_describe(output)}) has no .loss and the target ({_describe(target)}) is not a tensor of class indices.\n"
@@ -149,7 +152,7 @@ class Loss:
         _check_labels(output, target, valid)
         counted = valid.sum() if weight is None else weight.to(target.device)[target[valid]].sum()
         if float(counted) == 0.0:
-            return output.sum() * 0.0, 0.0  # nothing but ignored labels: torch's mean would be 0/0
+            return _nothing(output), 0.0
         return _applied(fn, output, target, self._label()), float(counted)
 
     def _label(self) -> str:
@@ -202,6 +205,8 @@ def _applied(fn: Any, output: Any, target: Any, label: str) -> Any:
         try:
             return fn(output, target)
         except UserWarning as e:
+            if not str(e).startswith("Using a target size"):
+                raise
             raise LabelShapeError(
                 f"{label}: the output has shape {_shape(output)}, the target {_shape(target)}; they would be broadcast against each other.\n"
                 "Give both the same shape, e.g. target.unsqueeze(1) or output.squeeze(1)."
@@ -221,7 +226,12 @@ def _check_labels(output: Any, target: torch.Tensor, valid: torch.Tensor) -> Non
         )
 
 
-def _token_count(model: nn.Module, labels: Any, loss: torch.Tensor, output: Any) -> float | None:
+def _nothing(output: Any) -> torch.Tensor:
+    """Zero, with a path to the parameters: the value of a batch with nothing but ignored labels, where torch's mean is 0/0."""
+    return _logits(output).sum() * 0.0
+
+
+def _token_count(model: nn.Module, labels: Any, output: Any) -> float | None:
     """What a transformer's own mean divides by: labels that are not -100; a causal model predicts all but the first."""
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.ndim < 2:
         return None
@@ -254,8 +264,9 @@ def _declared(loss_fn: Any) -> str:
 
 def _options(fn: Any) -> tuple[int, torch.Tensor | None]:
     """(ignore_index, class weights) of a cross-entropy."""
-    if isinstance(fn, functools.partial):
+    if isinstance(fn, functools.partial) and not isinstance(fn.func, nn.Module):
         return int(fn.keywords.get("ignore_index", -100)), fn.keywords.get("weight")
+    fn = fn.func if isinstance(fn, functools.partial) else fn
     return int(getattr(fn, "ignore_index", -100)), getattr(fn, "weight", None)
 
 

@@ -15,11 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import Batches, Budget
 from fastsharp.errors import ArgumentTypeError, DisconnectedLossError, InputError, ModelModeError, StaleOperatorError
-from fastsharp.guard import Modes, changed_buffers, untouched
+from fastsharp.guard import Modes, marks, untouched
 from fastsharp.locate import non_finite_loss
 from fastsharp.losses import Loss, Value
 from fastsharp.params import Selection, Selector, select
 
+_CHUNK = 1 << 20  # elements of a checksum taken at once
+_ODD = 6_364_136_223_846_793_005  # any odd number with no pattern in its bits
 _DATA_SHARE = 2  # frozen data take at most 1/2 of the budget, kept graphs the rest
 
 
@@ -63,6 +65,7 @@ class Objective:
         self.record_weights()
         self._check_buffers()
         self.loss.settle_reduction(self.batches.first(), self._once)
+        self.batches.ordered = self.modes.by_batch() or not self.loss.additive
 
     @property
     def device(self) -> torch.device:
@@ -89,9 +92,9 @@ class Objective:
             raise non_finite_loss(self.model, index, batch, float(value.loss.detach()), lambda: self.evaluate_unchecked(index, batch))
         return value
 
-    def evaluate_unchecked(self, key: Any, batch: Any) -> Value:
+    def evaluate_unchecked(self, key: Any, batch: Any, *, masks: bool = True) -> Value:
         """The loss of a batch whose frozen statistics and masks go by `key`."""
-        with self.modes.applied(key, self.mask_seed(key)):
+        with self.modes.applied(key, self.mask_seed(key), masks=masks):
             return self.loss(batch)
 
     @contextmanager
@@ -161,7 +164,7 @@ class Objective:
         yield from self.model.named_buffers()
 
     def _present_marks(self) -> dict[str, tuple[int, int]]:
-        return {name: (t.data_ptr(), t._version) for name, t in self._state()}
+        return marks(self._state())
 
     def _present_sums(self) -> dict[str, tuple[int, int]]:
         return {name: _bit_sums(t) for name, t in self._state()}
@@ -173,14 +176,15 @@ class Objective:
     def _once(self, batch: Any) -> Value:
         """One evaluation of the whole first batch, or of a part of it by the recorded statistics of the whole."""
         with self.quiet(), torch.no_grad():
-            return self.evaluate_unchecked(0, batch)
+            return self.evaluate_unchecked(0, batch, masks=False)  # the halves of a batch have no masks in common with it
 
     def _check_buffers(self) -> None:
         """The forward pass must leave buffers alone, or each product would see another function."""
-        versions = {name: b._version for name, b in self.model.named_buffers()}
+        before = marks(self.model.named_buffers())
         with self.quiet(), torch.no_grad(), _AttentionSeen() as seen:
             self.evaluate_unchecked(0, self.batches.first())
-            changed = changed_buffers(self.model, versions)
+            after = marks(self.model.named_buffers())
+            changed = [name for name in after if after[name] != before.get(name)]
         self._uses_attention = seen.found
         if changed:
             raise ModelModeError(
@@ -190,12 +194,12 @@ class Objective:
 
 
 class _AttentionSeen(TorchFunctionMode):
-    """Notices a call of scaled_dot_product_attention."""
+    """Notices attention, called by itself or by nn.MultiheadAttention."""
 
     found = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        if func in (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward):
             self.found = True
         return func(*args, **(kwargs or {}))
 
@@ -203,12 +207,13 @@ class _AttentionSeen(TorchFunctionMode):
 def _stale(changed: list[str]) -> StaleOperatorError:
     shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
     return StaleOperatorError(
-        f"changed since the operator was built: {shown}.\nAn operator is the Hessian at the weights of its construction. Call operator.refresh(), or build a new one."
+        f"changed since the operator was built: {shown}.\n"
+        "An operator is the Hessian at the weights of its construction. Call operator.refresh(), or build a new one."
     )
 
 
 def _bit_sums(t: torch.Tensor) -> tuple[int, int]:
-    """Two integer sums over the bits of a tensor: order-free and exact, so any single change shows."""
+    """Two integer sums over the bits of a tensor, plain and by position: exact, so any single change or permutation shows."""
     if t.numel() == 0 or t.is_meta:
         return (0, 0)
     flat = t.detach().contiguous().reshape(-1)
@@ -216,4 +221,8 @@ def _bit_sums(t: torch.Tensor) -> tuple[int, int]:
         flat = torch.view_as_real(flat).reshape(-1)
     size = flat.element_size()
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
-    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
+    placed = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for chunk in bits.split(_CHUNK):
+        position = torch.arange(1, chunk.numel() + 1, device=bits.device)
+        placed = placed * _ODD + (chunk.long() * position).sum()  # wraps modulo 2^64
+    return int(bits.sum(dtype=torch.int64)), int(placed)

@@ -82,6 +82,8 @@ class SymmetricOperator(ABC):
                 raise ShapeError(f"apply: out has shape {tuple(out.shape)}, expected {tuple(V.shape)}, the shape of V.")
             if out.stride(1) != 1 and self.n > 1:
                 raise ShapeError(f"apply: out has strides {out.stride()}, its rows must be contiguous. Allocate it with torch.empty(b, n).")
+            if _overlap(V, out):
+                raise ShapeError("apply: out shares memory with V, which is read while out is written. Pass another tensor as out.")
         if V.shape[0]:
             self._apply(V, out)
         return out
@@ -134,7 +136,9 @@ class DenseOperator(SymmetricOperator):
             from fastsharp.errors import NonFiniteError
 
             i, j = (int(v) for v in (~torch.isfinite(A)).nonzero()[0])
-            raise NonFiniteError(f"DenseOperator: entry ({i}, {j}) of the matrix is {float(A[i, j])}. Find where the matrix was built from bad data.")
+            raise NonFiniteError(
+                f"DenseOperator: entry ({i}, {j}) of the matrix is {float(A[i, j])}. Find where the matrix was built from bad data."
+            )
         scale = float(A.abs().max())
         defect = float((A - A.T).abs().max())
         if defect > 16 * self.n * torch.finfo(A.dtype).eps * scale:
@@ -209,6 +213,17 @@ class CountingOperator(SymmetricOperator):
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
         self.count += V.shape[0]
         self._inner.apply(V, out)
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the address ranges of two tensors with contiguous rows meet."""
+    (a0, a1), (b0, b1) = _addresses(a), _addresses(b)
+    return max(a0, b0) < min(a1, b1)
+
+
+def _addresses(t: torch.Tensor) -> tuple[int, int]:
+    span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    return t.data_ptr(), t.data_ptr() + span * t.element_size()
 
 
 def as_operator(A: Any) -> SymmetricOperator:

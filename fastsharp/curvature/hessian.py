@@ -10,7 +10,7 @@ from torch import nn
 
 from fastsharp.batches import tensors_of
 from fastsharp.curvature.autograd import GradientGraph
-from fastsharp.errors import DisconnectedLossError, UnusedParamWarning
+from fastsharp.errors import DisconnectedLossError, InputError, UnusedParamWarning
 from fastsharp.objective import Objective
 from fastsharp.operator import SymmetricOperator
 from fastsharp.params import ParamLayout, Selector
@@ -68,6 +68,8 @@ class Hessian(SymmetricOperator):
             notes.append(f"no gradient path to {', '.join(self._unused)}: their rows of the Hessian are zero")
         if not self._all_kept:
             notes.append(f"{len(self._graphs)} batches kept their graph; the others exceed the memory budget and are recomputed in every product")
+        if isinstance(unmeasured := self.preflight.get("finite_difference"), str):
+            notes.append(f"finite-difference check {unmeasured}")
         if self.preflight["level"] == "off":
             notes.append("unchecked: preflight='off'")
         return tuple(notes)
@@ -94,17 +96,20 @@ class Hessian(SymmetricOperator):
 
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
         self.objective.check_marks()
-        out.zero_()
-        tangents = [self.layout.views(v) for v in V]
-        sums = [self.layout.views(o) for o in out]
         with self.objective.quiet():
+            # autograd takes no tensor made under inference_mode, and writing into one is refused outside of it
+            total = torch.zeros_like(V) if out.is_inference() else out.zero_()
+            tangents = [self.layout.views(v) for v in (V.clone() if V.is_inference() else V)]
+            sums = [self.layout.views(o) for o in total]
             if self._denominator is not None and self._all_kept:
                 for graph, scale in self._graphs.values():
                     _accumulate(graph, scale, tangents, sums)
             else:
                 self._pass(tangents, sums)
-        if self._denominator not in (None, 1.0):
-            out.div_(self._denominator)
+            if self._denominator not in (None, 1.0):
+                total.div_(self._denominator)
+        if total is not out:
+            out.copy_(total)
 
     def _pass(self, tangents: list[list[torch.Tensor]], sums: list[list[torch.Tensor]]) -> None:
         """One pass over the data: build missing graphs, keep those that fit, learn the denominator on the first one."""
@@ -126,6 +131,11 @@ class Hessian(SymmetricOperator):
             _accumulate(graph, scale, tangents, sums)
         if first:
             self._report_unused(unused)
+            if self.objective.reduction != "sum" and not 0.0 < total < float("inf"):
+                raise InputError(
+                    f"the counts of the loss add up to {total:g} over all batches, so that its mean is not defined.\n"
+                    "Check for labels that are all ignored, class weights of zero, or a loss that returns a wrong (sum, count)."
+                )
             self._denominator = 1.0 if self.objective.reduction == "sum" else total
 
     def _keep(self, index: int, graph: GradientGraph, scale: float, ignore: set[int]) -> None:

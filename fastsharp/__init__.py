@@ -1,0 +1,12 @@
+"""fastsharp: how sharp the minimum is that a trained PyTorch network sits in, fast, with the doubt stated."""
+
+from fastsharp import errors as errors
+from fastsharp._environment import info as info
+from fastsharp.api import lanczos as lanczos
+from fastsharp.curvature.hessian import Hessian as Hessian
+from fastsharp.losses import batch_loss as batch_loss
+from fastsharp.operator import CallableOperator as CallableOperator
+from fastsharp.operator import CountingOperator as CountingOperator
+from fastsharp.operator import DenseOperator as DenseOperator
+from fastsharp.operator import SymmetricOperator as SymmetricOperator
+from fastsharp.results import Eigenpairs as Eigenpairs

@@ -1,0 +1,203 @@
+"""Is the Hessian-vector product the derivative of the gradient? Compared in float64, on a copy of the weights.
+
+Note on numerical properties. E(h) = (g(t + hv) - g(t - hv)) / 2h - Hv for unit v has four parts:
+  truncation  O(h^2): 1e-10 of ||Hv|| at the first step
+  rounding    eps ||g|| / h: 1e-9 of ||g|| at the first step, and the limit to how small h can be
+  kinks       a ReLU whose sign changes between the two points adds a jump / 2h. How many do is proportional to h, to the
+              samples and to the units; at the first step a residual network on 32 images crosses dozens of them
+  a fault     (detached term, backward taken as constant, product of the transposed matrix): the same vector at every h
+So one step that passes the gate is proof, and a step that fails is none. What fails is tried again with smaller steps and
+fewer samples, at a point a little beside the weights, where no unit sits on its kink exactly (zero biases under zero
+pixels do). On the last sample alone the errors of consecutive steps are compared: those of a fault agree, kinks vanish or
+grow tenfold, rounding is random. What neither passes nor agrees is undecided, and the result says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from fastsharp.batches import count_of, head, tree_map
+from fastsharp.losses import Loss
+
+if TYPE_CHECKING:
+    from fastsharp.curvature.hessian import Hessian
+
+DIFFERENCE_GATE = 1e-5  # of ||Hv||: healthy networks stay below 5e-10, the weakest planted fault was 1.4e-2
+_SAMPLES = 32
+_STEP = 1e-6  # of max(1, ||theta||)
+_BESIDE = 1e-4  # of max(1, ||theta||): 100 times the largest step, 0.01 % of a typical weight
+_AGREE = 0.3  # errors of two steps closer than this share of their norm are one and the same fault
+_ATTEMPTS = ((1.0, _SAMPLES, False), (0.1, _SAMPLES, False), (0.1, 4, True), *((10.0**-e, 1, True) for e in range(2, 7)))  # step, samples, beside
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+
+
+def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator) -> float | None:
+    """||E|| / ||Hv|| where a step settles it, above the gate for a fault; None where no step does."""
+    eps = torch.finfo(torch.float64).eps
+    size = max(1.0, float(double.theta.norm()))
+    aside = torch.randn(v.numel(), generator=generator, dtype=torch.float64).to(v.device)
+    beside = double.theta + _BESIDE * size / float(aside.norm()) * aside
+    earlier: list[torch.Tensor] = []  # errors of larger steps on the last sample
+    for shrink, samples, moved in _ATTEMPTS:
+        h, point = _STEP * size * shrink, beside if moved else double.theta
+        try:
+            double.limit(samples)
+            Hv, g = double.product(point, v)
+            E = (double.gradient(point + h * v) - double.gradient(point - h * v)) / (2 * h) - Hv
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            if shrink == 1.0:
+                raise
+            continue  # a batch that cannot be cut so small
+        error, scale, slope = float(E.norm()), float(Hv.norm()), float(g.norm())
+        if not error < float("inf") or (scale == slope == 0.0 and shrink < 1.0):
+            continue  # nothing to learn from this point
+        rounding = 128 * eps * slope / h
+        fault = next((e for e in earlier if float((E - e).norm()) <= _AGREE * float(e.norm())), None)
+        if fault is not None:
+            return float(fault.norm()) / scale if scale else float("inf")
+        if error <= DIFFERENCE_GATE * scale + min(rounding, max(1e-3 * scale, 1e-9 * slope)):
+            return min(error / scale, DIFFERENCE_GATE) if scale else 0.0
+        if samples == 1:
+            earlier.append(E)
+    return None
+
+
+class DoubleGradient:
+    """Gradient and product of a float64 copy of the objective on a few samples of one batch; the model is not touched.
+
+    narrow   the operation whose result depends on the parameters and is in float32 for all that, None where there is none
+    """
+
+    def __init__(self, hessian: Hessian, index: int, batch: Any) -> None:
+        self._objective = hessian.objective
+        self._layout = hessian.layout
+        self._key = ("float64", index)
+        self._whole = tree_map(_to_double, batch)
+        self._default = torch.get_default_dtype()
+        self.narrow: str | None = None
+        model = self._objective.model
+        # a buffer may be stored in float32 whatever the parameters are, so everything floating goes along
+        self._constants = {name: _to_double(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._loss = _double_loss(self._objective.loss)
+        self.theta = torch.cat([p.detach().double().reshape(-1) for p in self._objective.selection.params])
+        self.limit(_SAMPLES)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Evaluate once: a model may need its whole batch, or create tensors of the default dtype on its way."""
+        for default, part in ((self._default, self._batch), (torch.float64, self._batch), (torch.float64, self._whole)):
+            self._default, self._batch = default, part
+            try:
+                self.gradient(self.theta)
+                return
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                if part is self._whole:
+                    raise
+
+    def limit(self, samples: int) -> None:
+        """Use at most this many samples, where the batch can be cut."""
+        cut = head(self._whole, 0, samples) if count_of(self._whole) > samples else None
+        self._batch = self._whole if cut is None else cut
+
+    def gradient(self, theta: torch.Tensor) -> torch.Tensor:
+        """g(theta), (n,)."""
+        leaves = [view.detach().requires_grad_() for view in self._layout.views(theta)]
+        with self._doubled():
+            grads = torch.autograd.grad(self._value(leaves), leaves, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.reshape(-1) for g in grads])
+
+    def product(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(H v, g) at theta."""
+        leaves = [view.detach().requires_grad_() for view in self._layout.views(theta)]
+        with self._doubled():
+            grads = torch.autograd.grad(self._value(leaves), leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+            pairs = [(g, t) for g, t in zip(grads, self._layout.views(v), strict=True) if g.requires_grad]
+            outputs, tangents = [g for g, _ in pairs], [t for _, t in pairs]
+            if pairs:
+                product = torch.autograd.grad(outputs, leaves, tangents, allow_unused=True, materialize_grads=True)
+            else:
+                product = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        return torch.cat([p.reshape(-1) for p in product]), torch.cat([g.detach().reshape(-1) for g in grads])
+
+    def _value(self, leaves: list[torch.Tensor]) -> torch.Tensor:
+        objective = self._objective
+        weights = self._constants | dict(zip(self._layout.names, leaves, strict=True))
+
+        def call() -> torch.Tensor:
+            with objective.modes.applied(self._key, objective.mask_seed(self._key)):
+                return self._loss(self._batch).loss
+
+        loss = _with_weights(objective.model, weights, call)
+        if loss.dtype in _NARROW:
+            self.narrow = "the loss"
+        return loss
+
+    @contextmanager
+    def _doubled(self) -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self._default)
+        try:
+            with _Doubling() as mode:
+                yield
+            self.narrow = self.narrow or mode.narrow
+        finally:
+            torch.set_default_dtype(before)
+
+
+class _Doubling(TorchFunctionMode):
+    """Casts that are written out in a model or loss (`x.float()`, `dtype=torch.float32`) go to float64 as well."""
+
+    narrow: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func in _CASTS else func
+        result = func(*(_widened(a) for a in args), **{k: _widened(v) for k, v in (kwargs or {}).items()})
+        if isinstance(result, torch.Tensor) and result.dtype in _NARROW and result.requires_grad and self.narrow is None:
+            self.narrow = getattr(func, "__name__", str(func))
+        return result
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+def _with_weights(model: nn.Module, weights: dict[str, torch.Tensor], call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """call() while the model's parameters and buffers are `weights`; the loss object calls the model itself."""
+
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self) -> torch.Tensor:
+            return call()
+
+    # recurrent modules keep a second list of their weights, which functional_call leaves at the swapped ones
+    lists = [(m, m._flat_weights, m._flat_weight_refs) for m in model.modules() if isinstance(m, nn.RNNBase)]
+    try:
+        result: torch.Tensor = functional_call(Swapped(), {f"inner.{name}": t for name, t in weights.items()}, ())
+    finally:
+        for m, flat, refs in lists:
+            m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = flat, refs
+    return result
+
+
+def _double_loss(loss: Loss) -> Loss:
+    """The same loss with float64 weights of its own; the model it calls stays the same object."""
+    double = copy.copy(loss)
+    if isinstance(loss.loss_fn, nn.Module):
+        double.loss_fn = copy.deepcopy(loss.loss_fn).double()
+    return double
+
+
+def _to_double(t: torch.Tensor) -> torch.Tensor:
+    return t.double() if t.is_floating_point() else t
