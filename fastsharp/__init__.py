@@ -1,6 +1,9 @@
 """fastsharp: how sharp the minimum is that a trained PyTorch network sits in, fast, with the doubt stated."""
 
+from fastsharp import data as data
 from fastsharp import errors as errors
+from fastsharp import models as models
+from fastsharp._environment import __version__ as __version__
 from fastsharp._environment import info as info
 from fastsharp.api import lanczos as lanczos
 from fastsharp.curvature.hessian import Hessian as Hessian

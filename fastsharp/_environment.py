@@ -12,11 +12,21 @@ import torch
 from fastsharp.ops import _registry
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fastsharp")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: run from a source tree"
+
+
+__version__ = _version()
+
+
 def info() -> dict[str, Any]:
     """Everything that a report of a number, or of a bug, should state about the machine; plain values, JSON-ready."""
     cpu, cuda = _registry.native("cpu"), _registry.native("cuda")
     return {
-        "fastsharp": _version(),
+        "fastsharp": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -41,13 +51,6 @@ def info_text() -> str:
     if facts["_cpu"] != "built":
         lines.append("The reference path computes the same numbers, slower. To build the native module: pip install -v . with a C++ compiler.")
     return "\n".join(lines)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("fastsharp")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed: run from a source tree"
 
 
 def _cuda_state(cpu: Any, cuda: Any) -> str:
