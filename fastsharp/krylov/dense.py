@@ -68,8 +68,9 @@ def dense(operator: SymmetricOperator, request: Request) -> Eigenpairs:
         n_matvec=n,
         n_verify=0,
         notes=(*operator.notes, *notes),
-        settings={**request.settings(), "norm": math.ldexp(norm, shift), **_NO_KRYLOV},
+        settings={**operator.settings, **request.settings(), "norm": math.ldexp(norm, shift), **_NO_KRYLOV},
         provenance=operator.provenance,
+        layout=operator.layout,
     )
 
 

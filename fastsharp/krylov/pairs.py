@@ -49,8 +49,9 @@ def pairs(state: Tridiagonal, request: Request, probes: int, *, verify: bool, se
         n_matvec=state.n_matvec,
         n_verify=chosen.numel() if verify else 0,
         notes=(*state.operator.notes, *_notes(state, verify, settled, by_floor, probes)),
-        settings={**request.settings(), **_record(state, probes)},
+        settings={**state.operator.settings, **request.settings(), **_record(state, probes)},
         provenance=state.operator.provenance,
+        layout=state.operator.layout,
     )
 
 
