@@ -59,11 +59,25 @@ def assert_sound(result: Eigenpairs, case: Case, dtype: torch.dtype, tol: float)
     assert np.all(residuals.numpy()[flags] <= gate[flags] * (1 + 1e-6) + 10 * u), "falsely converged"
     nearest = np.abs(values[:, None] - case.exact[None, :]).min(1)
     assert np.all(nearest <= residuals.numpy() + u), "no eigenvalue within the residual"
-    assert np.all(nearest[flags] <= result.error_bounds.numpy()[flags] + u), "error bound below the error"
+    assert_bounds_hold(result, case, nearest, u)
     assert_no_ghosts(result.eigenvalues, case.exact, float(result.error_bounds.max()) + u)
     orthogonality = orthogonality_ratio(result.eigenvectors)
     assert orthogonality <= 10, "eigenvectors are not orthonormal"
     return float((result.residuals - residuals).abs().max()) / u if result.verified else 0.0, orthogonality
+
+
+def assert_bounds_hold(result: Eigenpairs, case: Case, nearest: np.ndarray, u: float) -> None:
+    """error <= min(r, r^2/gap) wherever no eigenvalue lies closer than the gap that the bound was computed with.
+
+    The bound's own gap is r^2/bound; an eigenvalue that the Krylov space does not resolve may lie inside it, and then
+    only the residual bounds the error (asserted by the caller for every pair).
+    """
+    r, bound = result.residuals.numpy(), result.error_bounds.numpy()
+    for i, value in enumerate(result.eigenvalues.numpy()):
+        distances = np.sort(np.abs(case.exact - value))
+        others = distances[distances > distances[0] + u]
+        if others.size == 0 or bound[i] == 0.0 or r[i] / bound[i] * r[i] <= others[0] * (1 + 1e-9):
+            assert nearest[i] <= bound[i] * (1 + 1e-9) + u, f"error {nearest[i]:.2g} above its bound {bound[i]:.2g}"
 
 
 def wanted(exact: np.ndarray, which: str, k: int) -> np.ndarray:

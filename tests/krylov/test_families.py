@@ -102,7 +102,11 @@ def test_every_result_is_sound_at_every_budget(n: int, dtype: torch.dtype, recor
 @dtypes
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 def test_converged_values_of_simple_spectra_are_the_wanted_ones(which: str, dtype: torch.dtype) -> None:
-    """Index and value against LAPACK; the error of a Rayleigh quotient is at most the residual."""
+    """Index and value against LAPACK; the error of a Rayleigh quotient is at most the residual.
+
+    Values so small that the rounding floor decided about them, not tol, carry no such promise and are left out.
+    """
+    compared = 0
     for name in SIMPLE:
         case = family(name, 200, dtype)
         result = solve(case, dtype, which=which)
@@ -110,7 +114,11 @@ def test_converged_values_of_simple_spectra_are_the_wanted_ones(which: str, dtyp
         values, truth = result.eigenvalues.numpy(), wanted(case.exact, which, 5)
         if which == "LM":  # +theta and -theta tie
             values, truth = np.abs(values), np.abs(truth)
-        assert np.all(np.abs(values - truth) <= result.residuals.numpy() + unit(case, dtype)), (name, values, truth)
+        certain = TOL * np.abs(truth) >= 32 * eps_of(dtype) * case.norm
+        compared += int(certain.sum())
+        errors = np.abs(values - truth)
+        assert np.all((errors <= result.residuals.numpy() + unit(case, dtype))[certain]), (name, values, truth)
+    assert compared >= 15
 
 
 @dtypes
@@ -124,7 +132,7 @@ def test_eigenvalues_for_k_begin_those_for_k_plus_1(dtype: torch.dtype) -> None:
 
 @dtypes
 def test_shift_mirror_and_similarity_act_on_eigenvalues_as_on_the_matrix(dtype: torch.dtype) -> None:
-    """A + cI, -A, P'AP and Q'AQ: compared within the two bounds, plus the rounding of the transformed matrix."""
+    """A + cI, -A, P'AP and Q'AQ: compared within the two residuals, plus the rounding of the transformed matrix."""
     for name in SIMPLE:
         case = family(name, 200, dtype)
         n, base = 200, solve(case, dtype)
@@ -139,9 +147,9 @@ def test_shift_mirror_and_similarity_act_on_eigenvalues_as_on_the_matrix(dtype: 
         }
         for label, (A, which, back) in variants.items():
             other = solve(Case(name, A, case.exact), dtype, which=which)
-            bound = other.error_bounds.flip(0) if label == "mirror" else other.error_bounds
+            bound = other.residuals.flip(0) if label == "mirror" else other.residuals
             difference = (back(other.eigenvalues) - base.eigenvalues).abs()
-            assert bool((difference <= base.error_bounds + bound + 2 * unit(case, dtype)).all()), (name, label, difference)
+            assert bool((difference <= base.residuals + bound + 2 * unit(case, dtype)).all()), (name, label, difference)
 
 
 @dtypes
