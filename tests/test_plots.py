@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -51,9 +52,5 @@ def test_zero_eigenvalues_can_be_drawn(tmp_path):
 
 
 def test_plotting_imports_no_pyplot():
-    code = (
-        "import sys, torch, fastsharp\n"
-        "fastsharp.lanczos(torch.eye(70), k=2).plot()\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**__import__("os").environ, "PYTHONPATH": ":".join(sys.path)})
+    code = "import sys, torch, fastsharp\nfastsharp.lanczos(torch.eye(70), k=2).plot()\nassert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})

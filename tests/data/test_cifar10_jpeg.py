@@ -158,12 +158,12 @@ def test_a_cut_archive_is_an_error(archive, monkeypatch):
     path = folder / cifar10_jpeg.ARCHIVE
     path.write_bytes(path.read_bytes()[:-500])
     monkeypatch.setattr(cifar10_jpeg, "SHA256", _files.sha256_file(path))
-    with pytest.raises(DataFormatError, match="not a readable tar.xz"):
+    with pytest.raises(DataFormatError, match=r"not a readable tar\.xz"):
         data.load("cifar10_jpeg", root=folder)
 
 
 def test_absent_is_one_error(tmp_path, network):
-    with pytest.raises(DataNotFoundError, match="cifar10_jpg.tar.xz"):
+    with pytest.raises(DataNotFoundError, match=r"cifar10_jpg\.tar\.xz"):
         data.load("cifar10_jpeg", root=tmp_path)
     assert network == []
 
