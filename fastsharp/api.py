@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastsharp.curvature.hessian import Hessian
-from fastsharp.errors import InputError
+from fastsharp.errors import InputError, Interrupted
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
 from fastsharp.krylov.request import check_arguments
 from fastsharp.operator import as_operator
@@ -79,10 +81,11 @@ def lanczos(
     if preflight not in LEVELS:
         raise InputError(f"preflight={preflight!r} is none of {', '.join(map(repr, LEVELS))}.")
     shown = Progress(progress)
+    options: dict[str, Any] = {"params": params, "reduction": reduction, "bn": bn, "dropout": dropout, "memory": memory, "seed": seed}
+    operator: Any
     if isinstance(model, nn.Module):
-        operator: Any = Hessian(
-            model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed
-        )
+        with _first_steps():
+            operator = Hessian(model, loader, loss_fn, **options)
     else:
         _refuse_model_arguments(loader=loader, loss_fn=loss_fn, params=params, bn=bn, dropout=dropout)
         operator = as_operator(model)
@@ -100,9 +103,21 @@ def lanczos(
     }
     check_arguments(operator.n, **arguments)  # before the preflight spends products
     if isinstance(operator, Hessian) and operator.preflight["level"] == "off":
-        run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
-    with shown:
+        with _first_steps():
+            run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
+    with shown, torch.inference_mode(False), torch.no_grad():  # vectors that outlive the caller's inference mode
         return krylov_lanczos(operator, v0=v0, on_step=shown.on_step, **arguments)
+
+
+@contextmanager
+def _first_steps() -> Iterator[None]:
+    """Ctrl-C before the solver's first step: Interrupted, with nothing to carry."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as e:
+        raise Interrupted("interrupted before the first step: nothing was computed.", None) from e
 
 
 def _refuse_model_arguments(**given: Any) -> None:

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
+from fastsharp.curvature.autograd import GradientGraph
 from fastsharp.losses import Loss
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator
             E = (double.gradient(point + h * v) - double.gradient(point - h * v)) / (2 * h) - Hv
         except (RuntimeError, ValueError, IndexError, TypeError):
             if shrink == 1.0:
-                raise
+                raise  # it was evaluated like this before
             continue  # a batch that cannot be cut so small
         error, scale, slope = float(E.norm()), float(Hv.norm()), float(g.norm())
         if not error < float("inf") or (scale == slope == 0.0 and shrink < 1.0):
@@ -81,7 +82,7 @@ class DoubleGradient:
         self._objective = hessian.objective
         self._layout = hessian.layout
         self._key = ("float64", index)
-        self._whole = tree_map(_to_double, batch)
+        self._original = batch
         self._default = torch.get_default_dtype()
         self.narrow: str | None = None
         model = self._objective.model
@@ -89,24 +90,37 @@ class DoubleGradient:
         self._constants = {name: _to_double(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._loss = _double_loss(self._objective.loss)
         self.theta = torch.cat([p.detach().double().reshape(-1) for p in self._objective.selection.params])
-        self.limit(_SAMPLES)
+        self._cuttable = True
         self._settle()
 
     def _settle(self) -> None:
         """Evaluate once: a model may need its whole batch, or create tensors of the default dtype on its way."""
-        for default, part in ((self._default, self._batch), (torch.float64, self._batch), (torch.float64, self._whole)):
-            self._default, self._batch = default, part
+        for default, cuttable in ((self._default, True), (torch.float64, True), (torch.float64, False)):
+            self._default, self._cuttable = default, cuttable
+            self.limit(_SAMPLES)
             try:
                 self.gradient(self.theta)
                 return
             except (RuntimeError, ValueError, IndexError, TypeError):
-                if part is self._whole:
+                if not cuttable:
                     raise
 
     def limit(self, samples: int) -> None:
         """Use at most this many samples, where the batch can be cut."""
-        cut = head(self._whole, 0, samples) if count_of(self._whole) > samples else None
-        self._batch = self._whole if cut is None else cut
+        cut = head(self._original, 0, samples) if self._cuttable and count_of(self._original) > samples else None
+        self._single = self._original if cut is None else cut
+        self._batch = tree_map(_to_double, self._single)
+
+    def rounding(self, v: torch.Tensor) -> float:
+        """||H v - (H v in float64)|| / ||H v||: what the model's own precision loses, on the same samples."""
+        objective = self._objective
+        self.limit(_SAMPLES)
+        exact, _ = self.product(self.theta, v)
+        graph = GradientGraph(objective.evaluate_unchecked(self._key, self._single).loss, objective.selection.params)
+        product = graph.product(self._layout.views(v.to(objective.dtype)))
+        own = torch.zeros_like(v) if product is None else torch.cat([p.reshape(-1) for p in product]).double()
+        scale = float(exact.norm())
+        return float((own - exact).norm()) / scale if scale else 0.0
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """g(theta), (n,)."""
@@ -154,19 +168,25 @@ class DoubleGradient:
 
 
 class _Doubling(TorchFunctionMode):
-    """Casts that are written out in a model or loss (`x.float()`, `dtype=torch.float32`) go to float64 as well."""
+    """Casts that are written out in a model or loss (`x.float()`, `dtype=torch.float32`) go to float64, as do float32 constants
+    that meet float64 tensors (class weights in a closure, tables)."""
 
     narrow: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = torch.Tensor.double if func in _CASTS else func
-        result = func(*(_widened(a) for a in args), **{k: _widened(v) for k, v in (kwargs or {}).items()})
+        func, kwargs = torch.Tensor.double if func in _CASTS else func, kwargs or {}
+        name = getattr(func, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
+        meets = not writes and any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in (*args, *kwargs.values()))
+        result = func(*(_widened(a, meets) for a in args), **{k: _widened(v, meets) for k, v in kwargs.items()})
         if isinstance(result, torch.Tensor) and result.dtype in _NARROW and result.requires_grad and self.narrow is None:
-            self.narrow = getattr(func, "__name__", str(func))
+            self.narrow = name or str(func)
         return result
 
 
-def _widened(value: Any) -> Any:
+def _widened(value: Any, tensors: bool) -> Any:
+    if tensors and isinstance(value, torch.Tensor) and value.dtype in _NARROW:
+        return value.double()
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 

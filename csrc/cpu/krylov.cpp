@@ -12,6 +12,12 @@
 
 #include "fastsharp/parallel.hpp"
 #include "fastsharp/simd.hpp"
+#if FASTSHARP_X86
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 takes the undefined source of an unmasked intrinsic for ours
+#endif
+#include <immintrin.h>
+#endif
 
 namespace fastsharp::cpu {
 
@@ -37,27 +43,39 @@ struct Tiles {
 #define FS_LEVEL scalar
 #define FS_TARGET
 #define FS_BYTES 16
+#define FS_TO_DOUBLE(x) __builtin_convertvector(x, Wide)
+#define FS_TO_FLOAT(x) __builtin_convertvector(x, HalfFloat)
 #include "krylov_kernels.inl"
 #undef FS_LEVEL
 #undef FS_TARGET
 #undef FS_BYTES
+#undef FS_TO_DOUBLE
+#undef FS_TO_FLOAT
 
 #if FASTSHARP_X86
 #define FS_LEVEL avx2
 #define FS_TARGET __attribute__((target("avx2,fma")))
 #define FS_BYTES 32
+#define FS_TO_DOUBLE(x) _mm256_cvtps_pd(x)
+#define FS_TO_FLOAT(x) _mm256_cvtpd_ps(x)
 #include "krylov_kernels.inl"
 #undef FS_LEVEL
 #undef FS_TARGET
 #undef FS_BYTES
+#undef FS_TO_DOUBLE
+#undef FS_TO_FLOAT
 
 #define FS_LEVEL avx512
 #define FS_TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
 #define FS_BYTES 64
+#define FS_TO_DOUBLE(x) _mm512_cvtps_pd(x)
+#define FS_TO_FLOAT(x) _mm512_cvtpd_ps(x)
 #include "krylov_kernels.inl"
 #undef FS_LEVEL
 #undef FS_TARGET
 #undef FS_BYTES
+#undef FS_TO_DOUBLE
+#undef FS_TO_FLOAT
 #endif
 
 namespace fastsharp::cpu {

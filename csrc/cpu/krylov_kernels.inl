@@ -1,5 +1,6 @@
 // Kernels of one tile, included by krylov.cpp once per instruction set with
 //   FS_LEVEL   namespace        FS_TARGET   target attribute        FS_BYTES   bytes of a vector register
+//   FS_TO_DOUBLE(x), FS_TO_FLOAT(x)         conversion of a whole register: compilers split __builtin_convertvector in two
 // No include guard on purpose. Nothing here may call an inline function of the standard library: the linker could keep the
 // copy compiled for the larger instruction set.
 
@@ -7,7 +8,7 @@ namespace fastsharp::cpu::FS_LEVEL {
 
 #define FS_INLINE FS_TARGET inline __attribute__((always_inline))
 
-// A register of T, and the narrow vector that has as many T as a register has doubles. Spelled out per type: the attribute
+// A register of T; HalfFloat has as many floats as a register has doubles. Spelled out per type: the attribute
 // is ignored on a template parameter.
 using Float = float __attribute__((vector_size(FS_BYTES)));
 using HalfFloat = float __attribute__((vector_size(FS_BYTES / 2)));
@@ -18,17 +19,13 @@ struct Register;
 template <>
 struct Register<float> {
     using Full = Float;
-    using Narrow = HalfFloat;
 };
 template <>
 struct Register<double> {
     using Full = Wide;
-    using Narrow = Wide;
 };
 template <class T>
 using Vec = typename Register<T>::Full;
-template <class T>
-using Narrow = typename Register<T>::Narrow;
 
 template <class T>
 inline constexpr i64 kWidth = FS_BYTES / static_cast<i64>(sizeof(T));
@@ -41,17 +38,18 @@ FS_INLINE V load(const T* p) {
     return v;
 }
 
-template <class T>
-FS_INLINE Wide widen(const T* p) {
-    return __builtin_convertvector(load<Narrow<T>>(p), Wide);
-}
+FS_INLINE Wide widen(const float* p) { return FS_TO_DOUBLE(load<HalfFloat>(p)); }
+FS_INLINE Wide widen(const double* p) { return load<Wide>(p); }
 
 // Rounds to T, stores, and gives back what was stored.
-template <class T>
-FS_INLINE Wide store(T* p, Wide x) {
-    const Narrow<T> rounded = __builtin_convertvector(x, Narrow<T>);
+FS_INLINE Wide store(float* p, Wide x) {
+    const HalfFloat rounded = FS_TO_FLOAT(x);
     __builtin_memcpy(p, &rounded, sizeof rounded);
-    return __builtin_convertvector(rounded, Wide);
+    return FS_TO_DOUBLE(rounded);
+}
+FS_INLINE Wide store(double* p, Wide x) {
+    __builtin_memcpy(p, &x, sizeof x);
+    return x;
 }
 
 FS_INLINE double sum(Wide x) {

@@ -68,8 +68,7 @@ class Hessian(SymmetricOperator):
             notes.append(f"no gradient path to {', '.join(self._unused)}: their rows of the Hessian are zero")
         if not self._all_kept:
             notes.append(f"{len(self._graphs)} batches kept their graph; the others exceed the memory budget and are recomputed in every product")
-        if isinstance(unmeasured := self.preflight.get("finite_difference"), str):
-            notes.append(f"finite-difference check {unmeasured}")
+        notes.extend(self.preflight.get("notes", ()))
         if self.preflight["level"] == "off":
             notes.append("unchecked: preflight='off'")
         return tuple(notes)

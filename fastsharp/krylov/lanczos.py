@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -83,11 +83,13 @@ def lanczos(
         check_start(operator, v0)
     operator.check_unchanged()
     if request.method == "dense":
-        result, settled = dense(operator, request), True
+        with _no_pairs_yet():
+            result, settled = dense(operator, request), True
     else:
         probed = needs_probes(operator, check)
         if probed:
-            probe(operator, request.seed)
+            with _no_pairs_yet():
+                probe(operator, request.seed)
         result, settled = _iterate(operator, request, v0, PROBE_PRODUCTS if probed else 0, on_step)
     operator.check_unchanged()
     _report_failure(result, request, settled)
@@ -104,7 +106,8 @@ def _iterate(
         return rng.normal(operator.n, g, operator.dtype, operator.device)
 
     state = Tridiagonal(operator, draw() if v0 is None else _mix(v0, draw()), draw, request.max_iter)
-    rule = StopRule(request.k, request.which, Targets(request.tol, request.criterion, state.eps), operator.n)
+    targets = Targets(request.tol, request.criterion, state.eps)
+    rule = StopRule(request.k, request.which, targets, operator.n, randomness=1.0 if v0 is None else _MIX)
 
     def partial() -> Eigenpairs | None:
         return pairs(state, request, probes, verify=False, settled=False) if state.size else None
@@ -126,6 +129,21 @@ def _iterate(
     except Exception as error:
         with contextlib.suppress(Exception):
             error.__dict__["partial"] = partial()
+        raise
+
+
+@contextlib.contextmanager
+def _no_pairs_yet() -> Iterator[None]:
+    """What ends the work in here has `.partial` None."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted("lanczos: interrupted before there were any pairs.", None) from interrupt
+    except (NotSymmetricError, StaleOperatorError):
+        raise
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            error.__dict__["partial"] = None
         raise
 
 

@@ -17,7 +17,8 @@ def pairs(state: Tridiagonal, request: Request, probes: int, *, verify: bool, se
 
     Costs one block product (k matvecs) with `verify`, none without; then the values and residuals are those of T.
     Rayleigh quotients of the single vectors, no k x k Rayleigh-Ritz: the Ritz vectors already diagonalise A on the whole Krylov space.
-    The gap in min(r, r^2/gap) is that to all other Ritz values. A bound is never below 8 eps ||A||, the rounding of the product itself.
+    The gap in min(r, r^2/gap) is that to all other Ritz values; before the list has settled an eigenvalue may hide in that gap, and
+    the bound is r. A bound is never below 8 eps ||A||, the rounding of the product itself.
     """
     theta, estimates = state.ritz()
     chosen = select(theta, request.which, request.k)
@@ -34,7 +35,7 @@ def pairs(state: Tridiagonal, request: Request, probes: int, *, verify: bool, se
         theta, estimates = theta.clone(), estimates.clone()
         theta[chosen], estimates[chosen] = values, residuals
 
-    bounds = value_bounds(theta, estimates)[chosen].clamp(min=rounding(state.eps, state.norm))
+    bounds = (value_bounds(theta, estimates)[chosen] if settled else residuals).clamp(min=rounding(state.eps, state.norm))
     targets = Targets(request.tol, request.criterion, state.eps)
     converged = targets.met(values, residuals, bounds, state.norm)
     by_floor = bool((converged & targets.by_floor(values, residuals, bounds)).any())

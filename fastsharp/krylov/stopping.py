@@ -7,9 +7,13 @@ Some eigenvalue lies within r_i of theta_i.
 *Value bound.* min(r_i, r_i^2 / gap_i) (Kato-Temple; Parlett, section 11.7), quadratic in r. The gap is the distance to the nearest
 other Ritz value, which stands in for the unknown nearest other eigenvalue: rigorous as soon as no eigenvalue is missing between.
 *Index.* No bound tells that theta_k belongs to lambda_k: a start vector weak in one eigenvector meets every bound while that
-eigenvalue is missing. On the power-law spectrum at tol 1e-2 the bounds alone returned a wrong list for 24 of 200 starts; with the
-two guards below (value bounds of 1e-4, a list unmoved for three steps) for none. That is evidence, not proof: theta_k <= lambda_k
-holds always, equality only with probability near one.
+eigenvalue is missing. On the power-law spectrum at tol 1e-2 the bounds alone returned a wrong list for 24 of 200 starts; with value
+bounds of 1e-4 and a list unmoved for three steps still for 4 of 1,000; with the test of the start vector below for none.
+*Start vector.* For A u = lambda u, multiply A V' = V'T + beta_m v_{m+1} e_m' by u': y = V u solves y'(lambda - T) = beta_m (u'v_{m+1}) e_m',
+so |u'v_1| <= beta_m |e_m'(lambda - T)^-1 e_1| = prod_j beta_j / prod_j |lambda - theta_j|. A random v_1 has u'v_1 ~ N(0, 1/n), so an
+eigenvalue at lambda is missing with a probability of at most 0.8 sqrt(n) times that quotient. Between two Ritz values it is largest
+at their sides, so it is asked for at 1 % from every listed one. That is no proof: theta_k <= lambda_k holds always, equality only
+with probability near one, and a second eigenvalue within 1 % of a listed one escapes.
 *Floor.* No residual can be told from rounding below 32 eps ||T||; the same floor serves every test here.
 *Invariant spaces.* Residuals are zero after a breakdown whatever is missing, so the complement has to speak first: see `StopRule`.
 """
@@ -31,6 +35,7 @@ _ROUNDING = 8.0  # units of eps ||T||: error of a verified value, four times the
 _VALUE_GUARD = 1e-4  # relative value bound that the list must reach even if tol is looser
 _MOVED = 0.01  # relative change that counts as a new list; neighbours of the power law differ by 6 %
 _UNMOVED_STEPS = 3
+_RARE = 0.01  # of the typical size: where the start's component along a missing eigenvector would be, a chance of 0.8 %
 _MARGIN = 0.1  # the best unlisted value's bound, as part of its distance to the list
 
 
@@ -102,19 +107,23 @@ class StopRule:
     """Stateful: called once after every step, says whether to stop.
 
     Stop when (1) the k wanted pairs meet their target, (2) their value bounds are <= max(min(tol, 1e-4) |theta|, floor), (3) the
-    list has moved less than 1 % for three steps. After a breakdown the finished blocks have residual zero and satisfy (1) to (3)
+    list has moved less than 1 % for three steps, (4) an eigenvalue 1 % beside a listed one would need a start vector whose component
+    along it is below 1 % of the typical size. After a breakdown the finished blocks have residual zero and satisfy (1) to (3)
     by themselves, so the last block, started from a random vector of the complement, is asked:
 
-    - still open: (3) starts anew, and (4) its best *unlisted* value is settled, bound <= max(a tenth of its distance to the list,
+    - still open: (3) starts anew, (4) is asked of its own start, and (5) its best *unlisted* value is settled, bound <= max(a tenth of its distance to the list,
       min(tol, 1e-4) |theta|, floor), so that nothing of the complement is on its way into the list;
     - closed by a breakdown: the block holds each distinct eigenvalue of the complement once, and whatever is left holds no others.
       Stop if its best value is no better than the k-th of the list (another copy could not change the list); else restart.
       A block closed at its first step means that the complement is theta I.
     When V spans the whole space there is nothing left to compute.
+
+    randomness  length of the random part of the first start vector, relative to the whole
     """
 
-    def __init__(self, k: int, which: str, targets: Targets, n: int) -> None:
+    def __init__(self, k: int, which: str, targets: Targets, n: int, randomness: float = 1.0) -> None:
         self.k, self.which, self.targets, self.n = k, which, targets, n
+        self._randomness = randomness
         self.values: list[float] = []  # the wanted values after the last call, in result order, in units of 2^shift
         self._keys: torch.Tensor | None = None
         self._unmoved = 0
@@ -141,7 +150,7 @@ class StopRule:
             return False
         if blocks[-1].closed:
             return len(blocks) > 1 and self._complement_is_no_better(theta, blocks[-1].start, norm)
-        if self._unmoved < _UNMOVED_STEPS:
+        if self._unmoved < _UNMOVED_STEPS or not self._missing_is_unlikely(theta[chosen], blocks[-1], smallest):
             return False
         return len(blocks) == 1 or self._unlisted_is_settled(theta, bounds, chosen, blocks[-1].start, guard, smallest)
 
@@ -163,6 +172,14 @@ class StopRule:
         size = theta.abs()
         worst = torch.maximum(error / (self.targets.tol * size).clamp(min=smallest), bounds / (guard * size).clamp(min=smallest))
         self._trend.append(math.log(max(float(worst.nan_to_num(0.0).max()), 1e-300)))
+
+    def _missing_is_unlikely(self, listed: torch.Tensor, block: Block, smallest: float) -> bool:
+        """sqrt(n) prod beta_j / prod |lambda - theta_j| <= 0.01 at 1 % from each listed value; in logs, as the products overflow."""
+        nearest = (_MOVED * listed.abs()).clamp(min=smallest)[:, None]
+        distances = (listed[:, None] - block.solve()[0]).abs().maximum(nearest)
+        component = sum(map(math.log, block.beta)) - float(distances.log().sum(1).min())
+        typical = (self._randomness if block.start == 0 else 1.0) / math.sqrt(self.n - block.start)
+        return component <= math.log(_RARE * typical)
 
     def _complement_is_no_better(self, theta: torch.Tensor, start: int, norm: float) -> bool:
         tie = breakdown_threshold(self.n, self.targets.eps, norm)  # values of an invariant space are known no better

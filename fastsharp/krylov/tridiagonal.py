@@ -50,7 +50,10 @@ def breakdown_threshold(n: int, eps: float, norm_t: float) -> float:
 
 @dataclass
 class Block:
-    """The tridiagonal matrix of one Krylov space: T is block diagonal, a new block begins after each breakdown."""
+    """The tridiagonal matrix of one Krylov space: T is block diagonal, a new block begins after each breakdown.
+
+    A row counts once its alpha is there: beta is appended first, so that an interrupt between the two leaves the rows so far whole.
+    """
 
     start: int  # its first row of V
     alpha: list[float] = field(default_factory=list)
@@ -65,10 +68,11 @@ class Block:
         """
         m = len(self.alpha)
         if self._solved is None or self._solved[0].numel() != m:
-            e = exponent(max(map(abs, self.alpha + self.beta[:-1])))
+            beta = self.beta[: m - 1]
+            e = exponent(max(map(abs, self.alpha + beta)))
             T = torch.zeros(m, m, dtype=torch.float64)
             T.diagonal().copy_(scale(torch.tensor(self.alpha, dtype=torch.float64), -e))
-            T.diagonal(-1).copy_(scale(torch.tensor(self.beta[:-1], dtype=torch.float64), -e))  # LAPACK reads the lower half
+            T.diagonal(-1).copy_(scale(torch.tensor(beta, dtype=torch.float64), -e))  # LAPACK reads the lower half
             theta, S = torch.linalg.eigh(T)
             self._solved = scaled(theta, e), S.T
         return self._solved
@@ -147,8 +151,8 @@ class Tridiagonal:
         invariant = beta <= breakdown_threshold(self.n, self.eps, self.norm)
         if not invariant:
             w.div_(beta)
-        block.alpha.append(alpha)
         block.beta.append(beta)
+        block.alpha.append(alpha)
         block.closed = invariant or self.exhausted
         self.breakdowns += invariant and not self.exhausted
 
@@ -159,7 +163,7 @@ class Tridiagonal:
             if block.alpha:
                 theta, S = block.solve()
                 values.append(theta)
-                residuals.append(block.beta[-1] * S[:, -1].abs())
+                residuals.append(block.beta[len(block.alpha) - 1] * S[:, -1].abs())
         theta = torch.cat(values)
         self.norm = max(self.norm, float(theta.abs().max()))
         return theta, torch.cat(residuals)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import scipy.fft
@@ -26,11 +27,16 @@ class Case:
     A: Array
     exact: Array
 
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of A."""
+        return torch.tensor(self.A, dtype=dtype)
+
     @property
     def norm(self) -> float:
         return float(np.abs(self.exact).max(initial=0.0))
 
 
+@cache
 def orthogonal(n: int, seed: int = 1) -> Array:
     """A Haar-distributed orthogonal matrix."""
     Q, R = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
@@ -118,38 +124,45 @@ def _glued_wilkinson(glue: float) -> Array:
     return A
 
 
-def _plain(n: int) -> Iterator[tuple[str, Array]]:
+def _plain(n: int) -> dict[str, Callable[[], Array]]:
     R = np.random.default_rng(5).standard_normal((n, n))
-    yield "zero", np.zeros((n, n))
-    yield "identity", np.eye(n)
-    yield "c_identity", -0.7 * np.eye(n)
-    yield "random", (R + R.T) / 2
-    yield "laplacian_1d", 2 * np.eye(n) - np.diag(np.ones(n - 1), 1) - np.diag(np.ones(n - 1), -1)
-    yield "mikota_squares", np.diag(np.arange(1.0, n + 1) ** 2)
-    yield "arpack_1315", np.diag(np.arange(1.0, n + 1))
+    out: dict[str, Callable[[], Array]] = {
+        "zero": lambda: np.zeros((n, n)),
+        "identity": lambda: np.eye(n),
+        "c_identity": lambda: -0.7 * np.eye(n),
+        "random": lambda: (R + R.T) / 2,
+        "laplacian_1d": lambda: 2 * np.eye(n) - np.diag(np.ones(n - 1), 1) - np.diag(np.ones(n - 1), -1),
+        "mikota_squares": lambda: np.diag(np.arange(1.0, n + 1) ** 2),
+        "arpack_1315": lambda: np.diag(np.arange(1.0, n + 1)),
+    }
     if n % 2:
-        yield "wilkinson", _wilkinson(n)
+        out["wilkinson"] = lambda: _wilkinson(n)
     if n >= 100:
-        yield "wilkinson_21_glued_1e-8", _glued_wilkinson(1e-8)
-        yield "wilkinson_21_glued_1e-14", _glued_wilkinson(1e-14)
-        yield "wilkinson_21", _wilkinson(21)
+        out["wilkinson_21_glued_1e-8"] = lambda: _glued_wilkinson(1e-8)
+        out["wilkinson_21_glued_1e-14"] = lambda: _glued_wilkinson(1e-14)
+        out["wilkinson_21"] = lambda: _wilkinson(21)
+    return out
+
+
+def _builders(n: int, dtype: torch.dtype) -> dict[str, Callable[[], Array]]:
+    ulp = float(torch.finfo(dtype).eps)
+    out = _plain(n)
+    for name, spectrum in _SPECTRA.items():
+        if name in _DIAGONAL:
+            out[f"{name}_diagonal"] = lambda s=spectrum: np.diag(s(n, ulp))
+        out[f"{name}_rotated"] = lambda s=spectrum: _rotated(s(n, ulp))
+    return out
 
 
 def families(n: int, dtype: torch.dtype) -> Iterator[Case]:
     """All families at size n; the glued Wilkinson matrices, of fixed size, come with n >= 100."""
-    ulp = float(torch.finfo(dtype).eps)
-    for name, A in _plain(n):
-        yield _stored(name, A, dtype)
-    for name, spectrum in _SPECTRA.items():
-        d = spectrum(n, ulp)
-        if name in _DIAGONAL:
-            yield _stored(f"{name}_diagonal", np.diag(d), dtype)
-        yield _stored(f"{name}_rotated", _rotated(d), dtype)
+    return (family(name, n, dtype) for name in _builders(n, dtype))
 
 
+@cache
 def family(name: str, n: int, dtype: torch.dtype) -> Case:
-    """One family by name."""
-    return next(case for case in families(n, dtype) if case.name == name)
+    """One family by name; built once and read-only."""
+    return _stored(name, _builders(n, dtype)[name](), dtype)
 
 
 def scaled_families(n: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -164,7 +177,8 @@ def scaled_families(n: int, dtype: torch.dtype) -> Iterator[Case]:
 
 def _stored(name: str, A: Array, dtype: torch.dtype) -> Case:
     """A rounded to dtype: the eigenvalues are those of what the solver is given."""
-    A = torch.from_numpy(np.ascontiguousarray(A)).to(dtype).double().numpy()
+    A = torch.tensor(A, dtype=dtype).double().numpy()
+    A.flags.writeable = False
     scale = 2.0 ** -np.frexp(np.abs(A).max(initial=0.0))[1]
     return Case(name, A, np.linalg.eigvalsh(A * scale) / scale)
 
