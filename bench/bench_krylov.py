@@ -53,7 +53,9 @@ def test_bandwidth(benchmark: Any, j: int, dtype: torch.dtype, device: torch.dev
     backend = _registry.choose(device).name
     print(f"\n{backend} on {device}, {dtype}, n = {n}, j = {j}, {torch.get_num_threads()} threads; ceiling {roof:.2f} GB/s ({by})")
     for t in timings.values():
-        print(f"  {t.variant.name:18s} {1e3 * t.median:9.2f} ms  [{1e3 * t.q20:.2f}, {1e3 * t.q80:.2f}]  {t.gbps:8.2f} GB/s  {100 * t.gbps / roof:5.1f} %")
+        print(
+            f"  {t.variant.name:18s} {1e3 * t.median:9.2f} ms  [{1e3 * t.q20:.2f}, {1e3 * t.q80:.2f}]  {t.gbps:8.2f} GB/s  {100 * t.gbps / roof:5.1f} %"
+        )
         if t.variant.name not in roofline.READS:
             benchmark.extra_info[t.variant.name] = {"gbps": t.gbps, "roofline_pct": 100 * t.gbps / roof}
     harness.write_rows(

@@ -80,7 +80,7 @@ fi
 
 export FASTSHARP_BENCH_ROWS=$out/rows.jsonl
 ((quick || dry)) && export FASTSHARP_BENCH_QUICK=1
-run "benchmarks" bench.log "${pytest[@]}" bench --benchmark-json="$out/bench.json"
+run "benchmarks" bench.log "${pytest[@]}" bench/bench_*.py --benchmark-json="$out/bench.json"
 grep -E "%|ratio|passed|failed" "$out/bench.log" | tail -40
 echo "results: $out ($(find "$out" -maxdepth 1 -type f | wc -l) files)"
 exit $failed

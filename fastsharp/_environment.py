@@ -49,7 +49,9 @@ def info_text() -> str:
     width = max(map(len, facts))
     lines = [f"{key:<{width}}  {value}" for key, value in facts.items()]
     if facts["_cpu"] != "built":
-        lines.append("The reference path computes the same numbers, slower. To build the native module: pip install -v . with a C++ compiler.")
+        lines.append(
+            "The reference path computes the same numbers, slower. To build the native module: pip install -v . with a C++ compiler."
+        )
     return "\n".join(lines)
 
 

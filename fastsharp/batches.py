@@ -139,7 +139,9 @@ class Batches:
     def check_unchanged(self) -> None:
         """Frozen tensors belong to the caller where a list was handed in; an in-place edit changes the matrix."""
         if self._present_versions() != self._versions:
-            raise StaleOperatorError("a data tensor was changed in place after the operator was built. Build a new operator, or hand in a copy.")
+            raise StaleOperatorError(
+                "a data tensor was changed in place after the operator was built. Build a new operator, or hand in a copy."
+            )
 
     def redraw(self, most: int = 2) -> str:
         """Draw the first batches again and compare with what is frozen: "same", "other samples" or why it was not done.
@@ -197,7 +199,9 @@ class Batches:
                     self._frozen.append(self._moved(batch))
                 self.nbytes += size
         if self.count == 0:
-            raise EmptyLoaderError(f"the loader ({type(self._loader).__name__}) yields no samples. Check the dataset's length and drop_last.")
+            raise EmptyLoaderError(
+                f"the loader ({type(self._loader).__name__}) yields no samples. Check the dataset's length and drop_last."
+            )
 
     def _start_streaming(self, budget: int) -> None:
         if self._one_shot():
@@ -245,7 +249,7 @@ def _stir(generators: Iterable[torch.Generator]) -> None:
     for g in generators:
         g.manual_seed(g.initial_seed() ^ 0x5BD1E995)
     random.seed(0x5BD1E995)
-    np.random.seed(0x5BD1E995)  # noqa: NPY002  (the state that a dataset may draw from)
+    np.random.seed(0x5BD1E995)
 
 
 def _ordinary(t: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,11 @@ Note on numerical properties. E(h) = (g(t + hv) - g(t - hv)) / 2h - Hv for unit 
   kinks       a ReLU whose sign changes between the two points adds a jump / 2h. How many do is proportional to h, to the
               samples and to the units; at the first step a residual network on 32 images crosses dozens of them
   a fault     (detached term, backward taken as constant, product of the transposed matrix): the same vector at every h
-So one step that passes the gate is proof, and a step that fails is none. What fails is tried again with smaller steps and
-fewer samples, at a point a little beside the weights, where no unit sits on its kink exactly (zero biases under zero
-pixels do). On the last sample alone the errors of consecutive steps are compared: those of a fault agree, kinks vanish or
-grow tenfold, rounding is random. What neither passes nor agrees is undecided, and the result says so.
+So one step that passes the gate is proof, and one that fails is none. What fails is tried again with smaller steps and fewer
+samples, at a point a little beside the weights, where no unit sits on its kink exactly (zero biases under zero pixels do).
+Last comes a ladder of steps on one sample: the error of a fault has a plateau there, the same vector on neighbouring steps,
+while kinks vanish or grow tenfold and rounding is random. Where there is neither a pass nor a plateau (a network trained to
+a loss near zero, whose gradient is rounding to the fifth digit), the smallest mismatch seen bounds what can be wrong.
 """
 
 from __future__ import annotations
@@ -36,40 +37,52 @@ _SAMPLES = 32
 _STEP = 1e-6  # of max(1, ||theta||)
 _BESIDE = 1e-4  # of max(1, ||theta||): 100 times the largest step, 0.01 % of a typical weight
 _AGREE = 0.3  # errors of two steps closer than this share of their norm are one and the same fault
-_ATTEMPTS = ((1.0, _SAMPLES, False), (0.1, _SAMPLES, False), (0.1, 4, True), *((10.0**-e, 1, True) for e in range(2, 7)))  # step, samples, beside
+_ATTEMPTS = ((1.0, _SAMPLES, False), (0.1, _SAMPLES, False), (0.1, 4, True))  # share of the step, samples, beside the weights
+_LADDER = tuple(10.0**-e for e in range(7))  # shares of the step on one sample
+_CANDIDATES = 8  # samples among which the one with the largest loss is taken: a saturated one tells nothing
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 
 
-def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator) -> float | None:
-    """||E|| / ||Hv|| where a step settles it, above the gate for a fault; None where no step does."""
-    eps = torch.finfo(torch.float64).eps
+def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator) -> tuple[float, bool]:
+    """(||E|| / ||Hv|| at the step where it is smallest, whether it is a fault)."""
     size = max(1.0, float(double.theta.norm()))
     aside = torch.randn(v.numel(), generator=generator, dtype=torch.float64).to(v.device)
     beside = double.theta + _BESIDE * size / float(aside.norm()) * aside
-    earlier: list[torch.Tensor] = []  # errors of larger steps on the last sample
+    best = float("inf")
     for shrink, samples, moved in _ATTEMPTS:
-        h, point = _STEP * size * shrink, beside if moved else double.theta
-        try:
-            double.limit(samples)
-            Hv, g = double.product(point, v)
-            E = (double.gradient(point + h * v) - double.gradient(point - h * v)) / (2 * h) - Hv
-        except (RuntimeError, ValueError, IndexError, TypeError):
-            if shrink == 1.0:
-                raise  # it was evaluated like this before
-            continue  # a batch that cannot be cut so small
-        error, scale, slope = float(E.norm()), float(Hv.norm()), float(g.norm())
-        if not error < float("inf") or (scale == slope == 0.0 and shrink < 1.0):
-            continue  # nothing to learn from this point
-        rounding = 128 * eps * slope / h
-        fault = next((e for e in earlier if float((E - e).norm()) <= _AGREE * float(e.norm())), None)
-        if fault is not None:
-            return float(fault.norm()) / scale if scale else float("inf")
-        if error <= DIFFERENCE_GATE * scale + min(rounding, max(1e-3 * scale, 1e-9 * slope)):
-            return min(error / scale, DIFFERENCE_GATE) if scale else 0.0
-        if samples == 1:
-            earlier.append(E)
-    return None
+        found = _error(double, beside if moved else double.theta, v, _STEP * size * shrink, lambda count=samples: double.limit(count))
+        best = min(best, best if found is None else found[0])
+        if best <= DIFFERENCE_GATE:
+            return best, False
+    chosen = double.hardest(_CANDIDATES)
+    ladder = [_error(double, beside, v, _STEP * size * shrink, lambda: double.limit(1, chosen)) for shrink in _LADDER]
+    rungs = [(i, found) for i, found in enumerate(ladder) if found is not None]
+    if rungs:
+        i, (lowest, E) = min(rungs, key=lambda rung: rung[1][0])
+        neighbours = [found[1] for j, found in rungs if abs(j - i) == 1]
+        if lowest > DIFFERENCE_GATE and any(float((E - other).norm()) <= _AGREE * float(E.norm()) for other in neighbours):
+            return lowest, True
+        best = min(best, lowest)
+    return best, False
+
+
+def _error(
+    double: DoubleGradient, point: torch.Tensor, v: torch.Tensor, h: float, cut: Callable[[], None]
+) -> tuple[float, torch.Tensor] | None:
+    """(||E(h)|| / ||Hv||, E(h)), None where the point tells nothing: not finite, no gradient, or a batch that cannot be cut so small."""
+    try:
+        cut()
+        Hv, g = double.product(point, v)
+        E = (double.gradient(point + h * v) - double.gradient(point - h * v)) / (2 * h) - Hv
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None
+    error, scale, slope = float(E.norm()), float(Hv.norm()), float(g.norm())
+    if not error < float("inf") or scale == slope == 0.0:
+        return None
+    # a gradient that hardly depends on the weights leaves rounding to compare with; below 1e-9 of it nothing can be said
+    error = max(0.0, error - min(128 * torch.finfo(torch.float64).eps * slope / h, 1e-9 * slope))
+    return (error / scale if scale else 0.0 if error == 0.0 else float("inf")), E
 
 
 class DoubleGradient:
@@ -105,11 +118,24 @@ class DoubleGradient:
                 if not cuttable:
                     raise
 
-    def limit(self, samples: int) -> None:
-        """Use at most this many samples, where the batch can be cut."""
-        cut = head(self._original, 0, samples) if self._cuttable and count_of(self._original) > samples else None
+    def limit(self, samples: int, start: int = 0) -> None:
+        """Use at most this many samples, from `start` on, where the batch can be cut."""
+        cut = head(self._original, start, start + samples) if self._cuttable and count_of(self._original) > samples else None
         self._single = self._original if cut is None else cut
         self._batch = tree_map(_to_double, self._single)
+
+    def hardest(self, most: int) -> int:
+        """Which of the first samples has the largest loss by itself."""
+        losses = []
+        for start in range(min(most, count_of(self._original)) if self._cuttable else 0):
+            try:
+                self.limit(1, start)
+                with self._doubled(), torch.no_grad():
+                    losses.append(float(self._value(list(self._layout.views(self.theta)))))
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                break
+        finite = [i for i, value in enumerate(losses) if value < float("inf")]
+        return max(finite, key=losses.__getitem__) if finite else 0
 
     def rounding(self, v: torch.Tensor) -> float:
         """||H v - (H v in float64)|| / ||H v||: what the model's own precision loses, on the same samples."""

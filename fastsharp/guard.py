@@ -167,7 +167,12 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
         _full_precision(stack, model, device)
         if "torch._dynamo" in sys.modules:  # compiled graphs have no second derivative
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        held = [(m._buffers, name, b, version_of(b), b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+        held = [
+            (m._buffers, name, b, version_of(b), b.detach().clone())
+            for m in model.modules()
+            for name, b in m._buffers.items()
+            if b is not None
+        ]
         stack.callback(_restore_buffers, held)
         yield
 

@@ -44,4 +44,8 @@ def _in_modules(model: nn.Module, evaluate: Callable[[], Any]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"the first non-finite output is that of module {first[0]}" if first else "every module's output is finite, so it arises in the loss"
+    return (
+        f"the first non-finite output is that of module {first[0]}"
+        if first
+        else "every module's output is finite, so it arises in the loss"
+    )

@@ -73,7 +73,9 @@ class Loss:
         if reduction not in REDUCTIONS:
             raise InputError(f"reduction={reduction!r} is none of {', '.join(map(repr, REDUCTIONS))}.")
         if loss_fn is not None and not callable(loss_fn) and not isinstance(loss_fn, BatchLoss):
-            raise ArgumentTypeError(f"loss_fn is a {type(loss_fn).__name__}, expected loss_fn(output, target), fastsharp.batch_loss(fn) or None.")
+            raise ArgumentTypeError(
+                f"loss_fn is a {type(loss_fn).__name__}, expected loss_fn(output, target), fastsharp.batch_loss(fn) or None."
+            )
         self.model = model
         self.loss_fn = loss_fn
         self.reduction = _declared(loss_fn) if reduction == "auto" else reduction
@@ -105,7 +107,9 @@ class Loss:
         n = count_of(batch)
         parts = [(part, m) for part, m in ((head(batch, 0, n // 2), n // 2), (head(batch, n // 2, n), n - n // 2)) if m]
         if len(parts) < 2 or any(part is None for part, _ in parts):
-            raise ReductionUnknownError(f"{self._label()}: cannot tell a sum from a mean, the first batch cannot be halved. Pass reduction='mean' or 'sum'.")
+            raise ReductionUnknownError(
+                f"{self._label()}: cannot tell a sum from a mean, the first batch cannot be halved. Pass reduction='mean' or 'sum'."
+            )
         values = [(float(evaluate(part).loss), m) for part, m in parts]
         total = float(whole.loss)
         mean, plain = sum(v * m for v, m in values) / n, sum(v for v, _ in values)
@@ -138,7 +142,9 @@ class Loss:
                 )
             return self._classify(F.cross_entropy, _logits(output), target)
         if target is None:
-            raise BatchFormatError(f"{self._label()} needs a target, but the batch ({_describe(batch)}) has none. Yield (x, y), or use fastsharp.batch_loss(fn).")
+            raise BatchFormatError(
+                f"{self._label()} needs a target, but the batch ({_describe(batch)}) has none. Yield (x, y), or use fastsharp.batch_loss(fn)."
+            )
         if _is_native(self.loss_fn):
             output = _logits(output)
         if _is_classification(self.loss_fn) and _is_class_target(target):
@@ -176,9 +182,13 @@ def split(batch: Any, *, keep_target: bool = False) -> tuple[tuple[Any, ...], di
             return (), dict(x), y
         return (tuple(x) if isinstance(x, (tuple, list)) else (x,)), {}, y
     if isinstance(batch, torch.Tensor):
-        raise BatchFormatError(f"a batch is one tensor of shape {tuple(batch.shape)}, without a target. Yield (x, y), or use fastsharp.batch_loss(fn).")
+        raise BatchFormatError(
+            f"a batch is one tensor of shape {tuple(batch.shape)}, without a target. Yield (x, y), or use fastsharp.batch_loss(fn)."
+        )
     size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-    raise BatchFormatError(f"a batch is a {type(batch).__name__}{size}, expected (x, y) or a dict. Use fastsharp.batch_loss(fn) with fn(model, batch).")
+    raise BatchFormatError(
+        f"a batch is a {type(batch).__name__}{size}, expected (x, y) or a dict. Use fastsharp.batch_loss(fn) with fn(model, batch)."
+    )
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -215,7 +225,9 @@ def _applied(fn: Any, output: Any, target: Any, label: str) -> Any:
 
 def _check_labels(output: Any, target: torch.Tensor, valid: torch.Tensor) -> None:
     if not isinstance(output, torch.Tensor) or output.ndim < 2:
-        raise OutputFormatError(f"cross-entropy: the output is {_describe(output)}, expected a tensor (N, classes, ...). Pass loss_fn(output, target).")
+        raise OutputFormatError(
+            f"cross-entropy: the output is {_describe(output)}, expected a tensor (N, classes, ...). Pass loss_fn(output, target)."
+        )
     labels = target[valid]
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= output.shape[1]):
         bad = valid & ((target < 0) | (target >= output.shape[1]))
@@ -228,7 +240,7 @@ def _check_labels(output: Any, target: torch.Tensor, valid: torch.Tensor) -> Non
 
 def _nothing(output: Any) -> torch.Tensor:
     """Zero, with a path to the parameters: the value of a batch with nothing but ignored labels, where torch's mean is 0/0."""
-    return _logits(output).sum() * 0.0
+    return _logits(output).sum() * 0.0  # type: ignore[no-any-return]
 
 
 def _token_count(model: nn.Module, labels: Any, output: Any) -> float | None:
@@ -289,19 +301,25 @@ def _logits(output: Any) -> Any:
         return output
     logits = _field(output, "logits")
     if logits is None:
-        raise OutputFormatError(f"the model's output is {_describe(output)}, expected a tensor or something with .logits. Use fastsharp.batch_loss(fn).")
+        raise OutputFormatError(
+            f"the model's output is {_describe(output)}, expected a tensor or something with .logits. Use fastsharp.batch_loss(fn)."
+        )
     return logits
 
 
 def _field(output: Any, name: str) -> Any:
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) if not isinstance(output, torch.Tensor) else None
+    return (
+        output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) if not isinstance(output, torch.Tensor) else None
+    )
 
 
 def _scalar(loss: Any, label: str) -> torch.Tensor:
     if not isinstance(loss, torch.Tensor):
         raise LossShapeError(f"{label} returned a {type(loss).__name__}, expected a scalar tensor.")
     if loss.numel() != 1:
-        raise LossShapeError(f"{label} has shape {tuple(loss.shape)}, expected a scalar. Reduce it with .mean() or .sum(), or set its reduction.")
+        raise LossShapeError(
+            f"{label} has shape {tuple(loss.shape)}, expected a scalar. Reduce it with .mean() or .sum(), or set its reduction."
+        )
     return loss.reshape(())
 
 

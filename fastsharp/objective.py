@@ -222,7 +222,7 @@ def _bit_sums(t: torch.Tensor) -> tuple[int, int]:
     size = flat.element_size()
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
     placed = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(_CHUNK):
+    for chunk in bits.split(_CHUNK):  # type: ignore[no-untyped-call]
         position = torch.arange(1, chunk.numel() + 1, device=bits.device)
         placed = placed * _ODD + (chunk.long() * position).sum()  # wraps modulo 2^64
     return int(bits.sum(dtype=torch.int64)), int(placed)

@@ -122,7 +122,9 @@ def _wanted(names: dict[str, torch.Tensor], aliases: dict[str, str], params: Sel
     hits: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ArgumentTypeError(f"params: got a {type(pattern).__name__}, expected names or globs as str, a list of them, or a callable.")
+            raise ArgumentTypeError(
+                f"params: got a {type(pattern).__name__}, expected names or globs as str, a list of them, or a callable."
+            )
         matched = [alias for alias in aliases if alias == pattern or fnmatchcase(alias, pattern)]
         _nonempty(matched, f"params: {pattern!r} matches no parameter", names)
         hits.update(aliases[alias] for alias in matched)
@@ -159,9 +161,13 @@ def _check_together(names: Sequence[str], params: Sequence[torch.Tensor]) -> Non
     first = params[0]
     for name, p in zip(names, params, strict=True):
         if p.dtype != first.dtype:
-            raise DtypeError(f"parameters {names[0]!r} ({first.dtype}) and {name!r} ({p.dtype}) differ in dtype. Convert with model.float() or model.double().")
+            raise DtypeError(
+                f"parameters {names[0]!r} ({first.dtype}) and {name!r} ({p.dtype}) differ in dtype. Convert with model.float() or model.double()."
+            )
         if p.device != first.device:
-            raise DeviceError(f"parameters {names[0]!r} ({first.device}) and {name!r} ({p.device}) are on different devices. Move the model to one device.")
+            raise DeviceError(
+                f"parameters {names[0]!r} ({first.device}) and {name!r} ({p.device}) are on different devices. Move the model to one device."
+            )
 
 
 def _some(items: Sequence[str], most: int = 6) -> str:

@@ -48,7 +48,12 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (TextColumn("Lanczos"), BarColumn(), MofNCompleteColumn(), TextColumn("products  {task.fields[top]}  {task.fields[left]}"))
+        columns = (
+            TextColumn("Lanczos"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("products  {task.fields[top]}  {task.fields[left]}"),
+        )
         self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
         self._bar.start()
         self._task = self._bar.add_task("lanczos", total=None, top="", left="")

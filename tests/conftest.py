@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` and its kin return NaN: what is read before it is written shows."""
     for holder, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(holder, name, _filled(getattr(holder, name)))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks of a few hundred parameters: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

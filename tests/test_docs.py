@@ -88,7 +88,9 @@ def test_skipped_code_says_why(page: Path) -> None:
     """A python block runs, is a signature, or is `no-run: reason`; then it still has to parse."""
     for block in blocks(page):
         if block.language == "python":
-            assert block.info in ("", "signature") or re.fullmatch(r"no-run: .{10,}", block.info), f"{page.name}:{block.line}: {block.info!r}"
+            assert block.info in ("", "signature") or re.fullmatch(r"no-run: .{10,}", block.info), (
+                f"{page.name}:{block.line}: {block.info!r}"
+            )
             ast.parse(block.text)
 
 

@@ -55,7 +55,11 @@ def _tensor(t: torch.Tensor) -> tuple[int, Any, bytes]:
 def generators() -> dict[str, Any]:
     """The states of the three global random generators."""
     name, keys, *rest = np.random.get_state()
-    return {"rng torch": torch.get_rng_state().numpy().tobytes(), "rng numpy": (name, keys.tobytes(), *rest), "rng python": random.getstate()}
+    return {
+        "rng torch": torch.get_rng_state().numpy().tobytes(),
+        "rng numpy": (name, keys.tobytes(), *rest),
+        "rng python": random.getstate(),
+    }
 
 
 def flags() -> dict[str, Any]:

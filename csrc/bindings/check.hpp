@@ -12,13 +12,13 @@ namespace fastsharp::bindings {
 using Address = std::uintptr_t;
 using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
 
-template <class T>
-T* at(Address a) {
-    return reinterpret_cast<T*>(a);  // NOLINT: the address was checked by fastsharp/ops/_border.py
+template <class T> T* at(Address a) {
+    return reinterpret_cast<T*>(a); // NOLINT: the address was checked by fastsharp/ops/_border.py
 }
 
 inline void check(const Status& s) {
-    if (!s.ok()) throw std::runtime_error(message(s));
+    if (!s.ok())
+        throw std::runtime_error(message(s));
 }
 
-}  // namespace fastsharp::bindings
+} // namespace fastsharp::bindings

@@ -6,7 +6,7 @@
 #include "fastsharp/parallel.hpp"
 #include "fastsharp/simd.hpp"
 
-#ifndef FASTSHARP_CUDA_STATUS  // set by setup.py: what became of _cuda in the same build
+#ifndef FASTSHARP_CUDA_STATUS // set by setup.py: what became of _cuda in the same build
 #define FASTSHARP_CUDA_STATUS "no record of the build"
 #endif
 
@@ -20,19 +20,30 @@ using fs::bindings::Release;
 
 namespace {
 
-template <class T>
-void krylov(pybind11::module_& m, const std::string& t) {
-    m.def(("alpha_" + t).c_str(), [](Address v, Address w, i64 n, Address out, Address work, int threads) {
-        check(k::alpha(at<const T>(v), at<const T>(w), n, at<double>(out), at<double>(work), threads)); }, Release());
-    m.def(("dots_" + t).c_str(), [](Address V, i64 ldv, Address w, Address ab, i64 j, i64 n, Address out, Address work, int threads) {
-        check(k::dots(at<const T>(V), ldv, at<T>(w), at<const double>(ab), j, n, at<double>(out), at<double>(work), threads)); }, Release());
-    m.def(("update_" + t).c_str(), [](Address V, i64 ldv, Address w, Address c, i64 j, i64 n, Address out, Address work, int threads) {
-        check(k::update(at<const T>(V), ldv, at<T>(w), at<const double>(c), j, n, at<double>(out), at<double>(work), threads)); }, Release());
-    m.def(("read_stream_" + t).c_str(), [](Address x, i64 n, Address out, Address work, int threads) {
-        check(k::read_stream(at<const T>(x), n, at<double>(out), at<double>(work), threads)); }, Release());
+template <class T> void krylov(pybind11::module_& m, const std::string& t) {
+    m.def(("alpha_" + t).c_str(),
+          [](Address v, Address w, i64 n, Address out, Address work, int threads) {
+              check(k::alpha(at<const T>(v), at<const T>(w), n, at<double>(out), at<double>(work), threads));
+          },
+          Release());
+    m.def(("dots_" + t).c_str(),
+          [](Address V, i64 ldv, Address w, Address ab, i64 j, i64 n, Address out, Address work, int threads) {
+              check(k::dots(at<const T>(V), ldv, at<T>(w), at<const double>(ab), j, n, at<double>(out), at<double>(work), threads));
+          },
+          Release());
+    m.def(("update_" + t).c_str(),
+          [](Address V, i64 ldv, Address w, Address c, i64 j, i64 n, Address out, Address work, int threads) {
+              check(k::update(at<const T>(V), ldv, at<T>(w), at<const double>(c), j, n, at<double>(out), at<double>(work), threads));
+          },
+          Release());
+    m.def(("read_stream_" + t).c_str(),
+          [](Address x, i64 n, Address out, Address work, int threads) {
+              check(k::read_stream(at<const T>(x), n, at<double>(out), at<double>(work), threads));
+          },
+          Release());
 }
 
-}  // namespace
+} // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     krylov<float>(m, "f32");

@@ -15,17 +15,28 @@ using k::LaunchConfig;
 
 namespace {
 
-template <class T>
-void krylov(pybind11::module_& m, const std::string& t) {
-    m.def(("alpha_" + t).c_str(), [](Address v, Address w, i64 n, Address out, Address work, int device, Address stream) {
-        check(k::alpha(at<const T>(v), at<const T>(w), n, at<double>(out), at<double>(work), LaunchConfig::of(n), device, at<void>(stream))); }, Release());
-    m.def(("dots_" + t).c_str(), [](Address V, i64 ldv, Address w, Address ab, i64 j, i64 n, Address out, Address work, int device, Address stream) {
-        check(k::dots(at<const T>(V), ldv, at<T>(w), at<const double>(ab), j, n, at<double>(out), at<double>(work), LaunchConfig::of(n), device, at<void>(stream))); }, Release());
-    m.def(("update_" + t).c_str(), [](Address V, i64 ldv, Address w, Address c, i64 j, i64 n, Address out, Address work, int device, Address stream) {
-        check(k::update(at<const T>(V), ldv, at<T>(w), at<const double>(c), j, n, at<double>(out), at<double>(work), LaunchConfig::of(n), device, at<void>(stream))); }, Release());
+template <class T> void krylov(pybind11::module_& m, const std::string& t) {
+    m.def(("alpha_" + t).c_str(),
+          [](Address v, Address w, i64 n, Address out, Address work, int device, Address stream) {
+              check(k::alpha(at<const T>(v), at<const T>(w), n, at<double>(out), at<double>(work), LaunchConfig::of(n), device,
+                             at<void>(stream)));
+          },
+          Release());
+    m.def(("dots_" + t).c_str(),
+          [](Address V, i64 ldv, Address w, Address ab, i64 j, i64 n, Address out, Address work, int device, Address stream) {
+              check(k::dots(at<const T>(V), ldv, at<T>(w), at<const double>(ab), j, n, at<double>(out), at<double>(work),
+                            LaunchConfig::of(n), device, at<void>(stream)));
+          },
+          Release());
+    m.def(("update_" + t).c_str(),
+          [](Address V, i64 ldv, Address w, Address c, i64 j, i64 n, Address out, Address work, int device, Address stream) {
+              check(k::update(at<const T>(V), ldv, at<T>(w), at<const double>(c), j, n, at<double>(out), at<double>(work),
+                              LaunchConfig::of(n), device, at<void>(stream)));
+          },
+          Release());
 }
 
-}  // namespace
+} // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     krylov<float>(m, "f32");

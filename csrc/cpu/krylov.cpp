@@ -14,7 +14,7 @@
 #include "fastsharp/simd.hpp"
 #if FASTSHARP_X86
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 takes the undefined source of an unmasked intrinsic for ours
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // gcc 12 takes the undefined source of an unmasked intrinsic for ours
 #endif
 #include <immintrin.h>
 #endif
@@ -23,22 +23,21 @@ namespace fastsharp::cpu {
 
 namespace {
 
-constexpr i64 kChunk = 256;   // elements summed in T
-constexpr i64 kTile = 4096;   // elements of w kept in cache while the rows of V stream past
-constexpr i64 kSlabs = 1024;  // tasks at most
-constexpr int kRows = 4;      // rows of V per load of w
+constexpr i64 kChunk = 256;  // elements summed in T
+constexpr i64 kTile = 4096;  // elements of w kept in cache while the rows of V stream past
+constexpr i64 kSlabs = 1024; // tasks at most
+constexpr int kRows = 4;     // rows of V per load of w
 
-template <class T>
-struct Tiles {
+template <class T> struct Tiles {
     double (*alpha)(const T*, const T*, i64);
     void (*dots)(const T*, i64, T*, double, double, i64, i64, double*);
     double (*update)(const T*, i64, T*, const double*, i64, i64);
     double (*read)(const T*, i64);
 };
 
-}  // namespace
+} // namespace
 
-}  // namespace fastsharp::cpu
+} // namespace fastsharp::cpu
 
 #define FS_LEVEL scalar
 #define FS_TARGET
@@ -82,11 +81,12 @@ namespace fastsharp::cpu {
 
 namespace {
 
-template <class T>
-const Tiles<T>& tiles() {
+template <class T> const Tiles<T>& tiles() {
 #if FASTSHARP_X86
-    if (simd() == Simd::avx512) return avx512::kTiles<T>;
-    if (simd() == Simd::avx2) return avx2::kTiles<T>;
+    if (simd() == Simd::avx512)
+        return avx512::kTiles<T>;
+    if (simd() == Simd::avx2)
+        return avx2::kTiles<T>;
 #endif
     return scalar::kTiles<T>;
 }
@@ -95,36 +95,36 @@ i64 slab_length(i64 n) { return kTile * ceil_div(ceil_div(n, kTile), kSlabs); }
 i64 slab_count(i64 n) { return ceil_div(n, slab_length(n)); }
 
 // out[k] = sum over slabs of what f(start, length, slots) adds to slots[k], k < width, in an order fixed by n.
-template <class F>
-void reduce(i64 n, i64 width, double* out, double* work, int threads, F f) {
+template <class F> void reduce(i64 n, i64 width, double* out, double* work, int threads, F f) {
     const i64 length = slab_length(n);
     const i64 count = slab_count(n);
     parallel_for(count, threads, [=](i64 slab) noexcept {
         double* slots = work + slab * width;
-        for (i64 k = 0; k < width; ++k) slots[k] = 0;
+        for (i64 k = 0; k < width; ++k)
+            slots[k] = 0;
         const i64 end = (slab + 1) * length < n ? (slab + 1) * length : n;
-        for (i64 i = slab * length; i < end; i += kTile) f(i, end - i < kTile ? end - i : kTile, slots);
+        for (i64 i = slab * length; i < end; i += kTile)
+            f(i, end - i < kTile ? end - i : kTile, slots);
     });
     for (i64 k = 0; k < width; ++k) {
         double s = 0;
-        for (i64 slab = 0; slab < count; ++slab) s += work[slab * width + k];
+        for (i64 slab = 0; slab < count; ++slab)
+            s += work[slab * width + k];
         out[k] = s;
     }
 }
 
-}  // namespace
+} // namespace
 
 i64 workspace_size(i64 n, i64 j) { return slab_count(n) * (j + 1); }
 
-template <class T>
-Status alpha(const T* v, const T* w, i64 n, double* out, double* work, int threads) {
+template <class T> Status alpha(const T* v, const T* w, i64 n, double* out, double* work, int threads) {
     const auto tile = tiles<T>().alpha;
     reduce(n, 1, out, work, threads, [=](i64 i, i64 length, double* slots) noexcept { slots[0] += tile(v + i, w + i, length); });
     return {"alpha"};
 }
 
-template <class T>
-Status dots(const T* V, i64 ldv, T* w, const double* ab, i64 j, i64 n, double* out, double* work, int threads) {
+template <class T> Status dots(const T* V, i64 ldv, T* w, const double* ab, i64 j, i64 n, double* out, double* work, int threads) {
     const auto tile = tiles<T>().dots;
     const double a = ab[0];
     const double b = ab[1];
@@ -133,28 +133,25 @@ Status dots(const T* V, i64 ldv, T* w, const double* ab, i64 j, i64 n, double* o
     return {"dots"};
 }
 
-template <class T>
-Status update(const T* V, i64 ldv, T* w, const double* c, i64 j, i64 n, double* out, double* work, int threads) {
+template <class T> Status update(const T* V, i64 ldv, T* w, const double* c, i64 j, i64 n, double* out, double* work, int threads) {
     const auto tile = tiles<T>().update;
-    reduce(n, 1, out, work, threads,
-           [=](i64 i, i64 length, double* slots) noexcept { slots[0] += tile(V + i, ldv, w + i, c, j, length); });
+    reduce(n, 1, out, work, threads, [=](i64 i, i64 length, double* slots) noexcept { slots[0] += tile(V + i, ldv, w + i, c, j, length); });
     return {"update"};
 }
 
-template <class T>
-Status read_stream(const T* x, i64 n, double* out, double* work, int threads) {
+template <class T> Status read_stream(const T* x, i64 n, double* out, double* work, int threads) {
     const auto tile = tiles<T>().read;
     reduce(n, 1, out, work, threads, [=](i64 i, i64 length, double* slots) noexcept { slots[0] += tile(x + i, length); });
     return {"read_stream"};
 }
 
-#define FS_INSTANTIATE(T)                                                                                         \
-    template Status alpha<T>(const T*, const T*, i64, double*, double*, int);                                     \
-    template Status dots<T>(const T*, i64, T*, const double*, i64, i64, double*, double*, int);                   \
-    template Status update<T>(const T*, i64, T*, const double*, i64, i64, double*, double*, int);                 \
+#define FS_INSTANTIATE(T)                                                                                                                  \
+    template Status alpha<T>(const T*, const T*, i64, double*, double*, int);                                                              \
+    template Status dots<T>(const T*, i64, T*, const double*, i64, i64, double*, double*, int);                                            \
+    template Status update<T>(const T*, i64, T*, const double*, i64, i64, double*, double*, int);                                          \
     template Status read_stream<T>(const T*, i64, double*, double*, int);
 FS_INSTANTIATE(float)
 FS_INSTANTIATE(double)
 #undef FS_INSTANTIATE
 
-}  // namespace fastsharp::cpu
+} // namespace fastsharp::cpu

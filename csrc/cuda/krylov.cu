@@ -34,21 +34,18 @@ constexpr i64 kRowGroup = 256;
 constexpr int kMaxGrid = 2048;
 constexpr int kBlock = 256;
 
-template <class T>
-struct alignas(16) Pack {
+template <class T> struct alignas(16) Pack {
     T x[16 / sizeof(T)];
 };
 
 // The position in a chunk of element k of a lane: neighbours in a 16-byte pack, or one element per lane at a time.
-template <class T, bool Packed>
-__device__ inline i64 position(int lane, int k) {
+template <class T, bool Packed> __device__ inline i64 position(int lane, int k) {
     constexpr int P = Packed ? static_cast<int>(16 / sizeof(T)) : 1;
     return static_cast<i64>(k / P) * (kWarp * P) + lane * P + k % P;
 }
 
 // Access of a lane to its part of a chunk. Full: the chunk lies wholly below n, so that no element is tested.
-template <class T, bool Packed, bool Full>
-struct Chunk {
+template <class T, bool Packed, bool Full> struct Chunk {
     static constexpr int P = Packed && Full ? static_cast<int>(16 / sizeof(T)) : 1;
 
     static __device__ void load(const T* p, i64 left, int lane, T (&x)[kPerLane]) {
@@ -56,7 +53,8 @@ struct Chunk {
             const i64 i = position<T, Packed>(lane, k);
             if constexpr (P > 1) {
                 const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(p + i);
-                for (int e = 0; e < P; ++e) x[k + e] = pack.x[e];
+                for (int e = 0; e < P; ++e)
+                    x[k + e] = pack.x[e];
             } else {
                 x[k] = Full || i < left ? p[i] : T(0);
             }
@@ -68,7 +66,8 @@ struct Chunk {
             const i64 i = position<T, Packed>(lane, k);
             if constexpr (P > 1) {
                 Pack<T> pack;
-                for (int e = 0; e < P; ++e) pack.x[e] = x[k + e];
+                for (int e = 0; e < P; ++e)
+                    pack.x[e] = x[k + e];
                 *reinterpret_cast<Pack<T>*>(p + i) = pack;
             } else if (Full || i < left) {
                 p[i] = x[k];
@@ -77,31 +76,28 @@ struct Chunk {
     }
 };
 
-template <class T>
-__device__ inline double dot(const T (&x)[kPerLane], const T (&y)[kPerLane], double s) {
-    for (int k = 0; k < kPerLane; ++k) s += static_cast<double>(x[k]) * static_cast<double>(y[k]);
+template <class T> __device__ inline double dot(const T (&x)[kPerLane], const T (&y)[kPerLane], double s) {
+    for (int k = 0; k < kPerLane; ++k)
+        s += static_cast<double>(x[k]) * static_cast<double>(y[k]);
     return s;
 }
 
-template <class T>
-__device__ inline void subtract(double a, const T (&y)[kPerLane], double (&x)[kPerLane]) {
-    for (int k = 0; k < kPerLane; ++k) x[k] -= a * static_cast<double>(y[k]);
+template <class T> __device__ inline void subtract(double a, const T (&y)[kPerLane], double (&x)[kPerLane]) {
+    for (int k = 0; k < kPerLane; ++k)
+        x[k] -= a * static_cast<double>(y[k]);
 }
 
-struct Place {  // of a thread in the first stage
+struct Place { // of a thread in the first stage
     int lane, warp, warps;
-    i64 first, step;  // chunks of its warp
+    i64 first, step; // chunks of its warp
 
     __device__ Place()
-        : lane(static_cast<int>(threadIdx.x) % kWarp),
-          warp(static_cast<int>(threadIdx.x) / kWarp),
-          warps(static_cast<int>(blockDim.x) / kWarp),
-          first(static_cast<i64>(blockIdx.x) * warps + warp),
+        : lane(static_cast<int>(threadIdx.x) % kWarp), warp(static_cast<int>(threadIdx.x) / kWarp),
+          warps(static_cast<int>(blockDim.x) / kWarp), first(static_cast<i64>(blockIdx.x) * warps + warp),
           step(static_cast<i64>(gridDim.x) * warps) {}
 
     // f(start, elements left, full) for every chunk of this warp; `full` is a constant, so that whole chunks test nothing.
-    template <class F>
-    __device__ void for_each_chunk(i64 n, F f) const {
+    template <class F> __device__ void for_each_chunk(i64 n, F f) const {
         for (i64 chunk = first; chunk * kChunk < n; chunk += step) {
             const i64 start = chunk * kChunk;
             if (n - start >= kChunk) {
@@ -117,17 +113,18 @@ struct Place {  // of a thread in the first stage
 __device__ inline void block_sum(double x, const Place& at, double* partial) {
     FS_SHARED(double, s, 32);
     x = warp_sum(x);
-    if (at.lane == 0) s[at.warp] = x;
+    if (at.lane == 0)
+        s[at.warp] = x;
     __syncthreads();
     if (threadIdx.x == 0) {
         double total = 0;
-        for (int k = 0; k < at.warps; ++k) total += s[k];
+        for (int k = 0; k < at.warps; ++k)
+            total += s[k];
         partial[blockIdx.x] = total;
     }
 }
 
-template <class T, bool Packed>
-__global__ void __launch_bounds__(kBlock) alpha_kernel(const T* v, const T* w, i64 n, double* partial) {
+template <class T, bool Packed> __global__ void __launch_bounds__(kBlock) alpha_kernel(const T* v, const T* w, i64 n, double* partial) {
     const Place at;
     double s = 0;
     at.for_each_chunk(n, [&](i64 start, i64 left, auto full) {
@@ -145,24 +142,27 @@ __global__ void __launch_bounds__(kBlock) alpha_kernel(const T* v, const T* w, i
 template <int U, class Part, class T>
 __device__ inline void row_products(const T* V, i64 ldv, i64 left, int lane, const T (&x)[kPerLane], int u0, T& mine) {
     T y[U][kPerLane];
-    for (int u = 0; u < U; ++u) Part::load(V + u * ldv, left, lane, y[u]);
+    for (int u = 0; u < U; ++u)
+        Part::load(V + u * ldv, left, lane, y[u]);
     for (int u = 0; u < U; ++u) {
         T s = 0;
-        for (int k = 0; k < kPerLane; ++k) s += y[u][k] * x[k];
+        for (int k = 0; k < kPerLane; ++k)
+            s += y[u][k] * x[k];
         s = warp_sum(s);
-        if (lane == u0 + u) mine = s;
+        if (lane == u0 + u)
+            mine = s;
     }
 }
 
 // Rows [0, rows) of V, and with `first` the removal of the two last terms before and w'w after. partial is (rows + first, grid).
-template <class T, bool Packed>
-__global__ void __launch_bounds__(kBlock, 2)
+template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 2)
     dots_kernel(const T* V, i64 ldv, T* w, const double* ab, const T* v1, const T* v2, i64 rows, i64 n, bool first, double* partial) {
-    FS_DYNAMIC_SHARED(double, sums);  // (warps, width)
+    FS_DYNAMIC_SHARED(double, sums); // (warps, width)
     const Place at;
     const int width = static_cast<int>(rows) + (first ? 1 : 0);
-    double* const own = sums + at.warp * width;  // element k is touched by lane k mod 32 alone, until the barrier
-    for (int k = at.lane; k < width; k += kWarp) own[k] = 0;
+    double* const own = sums + at.warp * width; // element k is touched by lane k mod 32 alone, until the barrier
+    for (int k = at.lane; k < width; k += kWarp)
+        own[k] = 0;
     const double a = first ? ab[0] : 0;
     const double b = first && v2 != nullptr ? ab[1] : 0;
     double ww = 0;
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(kBlock, 2)
         if (a != 0 || b != 0) {
             T y[kPerLane];
             double exact[kPerLane];
-            for (int k = 0; k < kPerLane; ++k) exact[k] = static_cast<double>(x[k]);
+            for (int k = 0; k < kPerLane; ++k)
+                exact[k] = static_cast<double>(x[k]);
             if (a != 0) {
                 Part::load(v1 + start, left, at.lane, y);
                 subtract(a, y, exact);
@@ -182,26 +183,33 @@ __global__ void __launch_bounds__(kBlock, 2)
                 Part::load(v2 + start, left, at.lane, y);
                 subtract(b, y, exact);
             }
-            for (int k = 0; k < kPerLane; ++k) x[k] = static_cast<T>(exact[k]);
+            for (int k = 0; k < kPerLane; ++k)
+                x[k] = static_cast<T>(exact[k]);
             Part::store(w + start, left, at.lane, x);
         }
-        if (first) ww = dot(x, x, ww);
+        if (first)
+            ww = dot(x, x, ww);
         for (i64 base = 0; base < rows; base += kWarp) {
             const int count = static_cast<int>(rows - base < kWarp ? rows - base : kWarp);
             const T* row = V + base * ldv + start;
             T mine = 0;
             int r = 0;
-            for (; r + kUnroll <= count; r += kUnroll) row_products<kUnroll, Part>(row + r * ldv, ldv, left, at.lane, x, r, mine);
-            for (; r < count; ++r) row_products<1, Part>(row + r * ldv, ldv, left, at.lane, x, r, mine);
-            if (at.lane < count) own[base + at.lane] += static_cast<double>(mine);
+            for (; r + kUnroll <= count; r += kUnroll)
+                row_products<kUnroll, Part>(row + r * ldv, ldv, left, at.lane, x, r, mine);
+            for (; r < count; ++r)
+                row_products<1, Part>(row + r * ldv, ldv, left, at.lane, x, r, mine);
+            if (at.lane < count)
+                own[base + at.lane] += static_cast<double>(mine);
         }
     });
     ww = warp_sum(ww);
-    if (first && at.lane == static_cast<int>(rows) % kWarp) own[rows] = ww;
+    if (first && at.lane == static_cast<int>(rows) % kWarp)
+        own[rows] = ww;
     __syncthreads();
     for (int k = static_cast<int>(threadIdx.x); k < width; k += static_cast<int>(blockDim.x)) {
         double total = 0;
-        for (int warp = 0; warp < at.warps; ++warp) total += sums[warp * width + k];
+        for (int warp = 0; warp < at.warps; ++warp)
+            total += sums[warp * width + k];
         partial[static_cast<i64>(k) * gridDim.x + blockIdx.x] = total;
     }
 }
@@ -209,12 +217,13 @@ __global__ void __launch_bounds__(kBlock, 2)
 template <int U, class Part, class T>
 __device__ inline void subtract_rows(const T* V, i64 ldv, i64 left, int lane, const double* c, double (&exact)[kPerLane]) {
     T y[U][kPerLane];
-    for (int u = 0; u < U; ++u) Part::load(V + u * ldv, left, lane, y[u]);
-    for (int u = 0; u < U; ++u) subtract(c[u], y[u], exact);
+    for (int u = 0; u < U; ++u)
+        Part::load(V + u * ldv, left, lane, y[u]);
+    for (int u = 0; u < U; ++u)
+        subtract(c[u], y[u], exact);
 }
 
-template <class T, bool Packed>
-__global__ void __launch_bounds__(kBlock, 2)
+template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 2)
     update_kernel(const T* V, i64 ldv, T* w, const double* c, i64 j, i64 n, double* partial) {
     const Place at;
     double s = 0;
@@ -224,31 +233,34 @@ __global__ void __launch_bounds__(kBlock, 2)
         T x[kPerLane];
         double exact[kPerLane];
         Part::load(w + start, left, at.lane, x);
-        for (int k = 0; k < kPerLane; ++k) exact[k] = static_cast<double>(x[k]);
+        for (int k = 0; k < kPerLane; ++k)
+            exact[k] = static_cast<double>(x[k]);
         i64 r = 0;
-        for (; r + kUnroll <= j; r += kUnroll) subtract_rows<kUnroll, Part>(row + r * ldv, ldv, left, at.lane, c + r, exact);
-        for (; r < j; ++r) subtract_rows<1, Part>(row + r * ldv, ldv, left, at.lane, c + r, exact);
-        for (int k = 0; k < kPerLane; ++k) x[k] = static_cast<T>(exact[k]);
+        for (; r + kUnroll <= j; r += kUnroll)
+            subtract_rows<kUnroll, Part>(row + r * ldv, ldv, left, at.lane, c + r, exact);
+        for (; r < j; ++r)
+            subtract_rows<1, Part>(row + r * ldv, ldv, left, at.lane, c + r, exact);
+        for (int k = 0; k < kPerLane; ++k)
+            x[k] = static_cast<T>(exact[k]);
         Part::store(w + start, left, at.lane, x);
-        s = dot(x, x, s);  // beyond n all of x is zero
+        s = dot(x, x, s); // beyond n all of x is zero
     });
     block_sum(s, at, partial);
 }
 
-template <class... P>
-bool packed(i64 stride_bytes, P... pointers) {
+template <class... P> bool packed(i64 stride_bytes, P... pointers) {
     return stride_bytes % 16 == 0 && ((reinterpret_cast<std::uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
 void second_stage(const double* partial, LaunchConfig config, i64 width, double* out, void* stream) {
-    if (config.block < kSecondStage) {  // the emulation runs small blocks
+    if (config.block < kSecondStage) { // the emulation runs small blocks
         FS_LAUNCH(sum_partials<kWarp>, width, kWarp, 0, stream, partial, config.grid, out);
     } else {
         FS_LAUNCH(sum_partials<kSecondStage>, width, kSecondStage, 0, stream, partial, config.grid, out);
     }
 }
 
-}  // namespace
+} // namespace
 
 LaunchConfig LaunchConfig::of(i64 n) {
     const i64 blocks = ceil_div(n, kChunk * (kBlock / kWarp));
@@ -260,21 +272,21 @@ i64 workspace_size(LaunchConfig config, i64 j) {
     return config.grid * (rows + 1);
 }
 
-template <class T>
-Status alpha(const T* v, const T* w, i64 n, double* out, double* work, LaunchConfig config, int device, void* stream) {
+template <class T> Status alpha(const T* v, const T* w, i64 n, double* out, double* work, LaunchConfig config, int device, void* stream) {
     const DeviceGuard guard(device);
-    if (guard.error() != cudaSuccess) return status_of("alpha", guard.error());
+    if (guard.error() != cudaSuccess)
+        return status_of("alpha", guard.error());
     auto kernel = packed(0, v, w) ? alpha_kernel<T, true> : alpha_kernel<T, false>;
     FS_LAUNCH(kernel, config.grid, config.block, 0, stream, v, w, n, work);
     second_stage(work, config, 1, out, stream);
     return status_of("alpha", cudaGetLastError());
 }
 
-template <class T>
-Status dots(const T* V, i64 ldv, T* w, const double* ab, i64 j, i64 n, double* out, double* work, LaunchConfig config, int device,
-            void* stream) {
+template <class T> Status dots(const T* V, i64 ldv, T* w, const double* ab, i64 j, i64 n, double* out, double* work, LaunchConfig config,
+                               int device, void* stream) {
     const DeviceGuard guard(device);
-    if (guard.error() != cudaSuccess) return status_of("dots", guard.error());
+    if (guard.error() != cudaSuccess)
+        return status_of("dots", guard.error());
     auto kernel = packed(ldv * static_cast<i64>(sizeof(T)), V, w) ? dots_kernel<T, true> : dots_kernel<T, false>;
     const T* v1 = V + (j - 1) * ldv;
     const T* v2 = j >= 2 ? v1 - ldv : nullptr;
@@ -291,23 +303,23 @@ Status dots(const T* V, i64 ldv, T* w, const double* ab, i64 j, i64 n, double* o
     return status_of("dots", cudaGetLastError());
 }
 
-template <class T>
-Status update(const T* V, i64 ldv, T* w, const double* c, i64 j, i64 n, double* out, double* work, LaunchConfig config, int device,
-              void* stream) {
+template <class T> Status update(const T* V, i64 ldv, T* w, const double* c, i64 j, i64 n, double* out, double* work, LaunchConfig config,
+                                 int device, void* stream) {
     const DeviceGuard guard(device);
-    if (guard.error() != cudaSuccess) return status_of("update", guard.error());
+    if (guard.error() != cudaSuccess)
+        return status_of("update", guard.error());
     auto kernel = packed(ldv * static_cast<i64>(sizeof(T)), V, w) ? update_kernel<T, true> : update_kernel<T, false>;
     FS_LAUNCH(kernel, config.grid, config.block, 0, stream, V, ldv, w, c, j, n, work);
     second_stage(work, config, 1, out, stream);
     return status_of("update", cudaGetLastError());
 }
 
-#define FS_INSTANTIATE(T)                                                                                               \
-    template Status alpha<T>(const T*, const T*, i64, double*, double*, LaunchConfig, int, void*);                      \
-    template Status dots<T>(const T*, i64, T*, const double*, i64, i64, double*, double*, LaunchConfig, int, void*);    \
+#define FS_INSTANTIATE(T)                                                                                                                  \
+    template Status alpha<T>(const T*, const T*, i64, double*, double*, LaunchConfig, int, void*);                                         \
+    template Status dots<T>(const T*, i64, T*, const double*, i64, i64, double*, double*, LaunchConfig, int, void*);                       \
     template Status update<T>(const T*, i64, T*, const double*, i64, i64, double*, double*, LaunchConfig, int, void*);
 FS_INSTANTIATE(float)
 FS_INSTANTIATE(double)
 #undef FS_INSTANTIATE
 
-}  // namespace fastsharp::cuda
+} // namespace fastsharp::cuda

@@ -11,15 +11,15 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
-#define FS_LAUNCH(kernel, grid, block, shared, stream, ...)                                                      \
-    do {                                                                                                         \
-        auto fs_kernel = kernel;                                                                                 \
-        fs_kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(block), static_cast<std::size_t>(shared), \
-                    static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                                           \
+#define FS_LAUNCH(kernel, grid, block, shared, stream, ...)                                                                                \
+    do {                                                                                                                                   \
+        auto fs_kernel = kernel;                                                                                                           \
+        fs_kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(block), static_cast<std::size_t>(shared),                           \
+                    static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                                                                     \
     } while (false)
 #define FS_SHARED(type, name, count) __shared__ type name[count]
-#define FS_DYNAMIC_SHARED(type, name)                             \
-    extern __shared__ unsigned char fs_dynamic_shared[];          \
+#define FS_DYNAMIC_SHARED(type, name)                                                                                                      \
+    extern __shared__ unsigned char fs_dynamic_shared[];                                                                                   \
     type* const name = reinterpret_cast<type*>(fs_dynamic_shared)
 
 #else
@@ -40,7 +40,8 @@ public:
         }
     }
     ~DeviceGuard() {
-        if (restore_) cudaSetDevice(before_);
+        if (restore_)
+            cudaSetDevice(before_);
     }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -57,4 +58,4 @@ inline Status status_of(const char* kernel, cudaError_t e) {
     return e == cudaSuccess ? Status{kernel} : Status{kernel, cudaGetErrorString(e)};
 }
 
-}  // namespace fastsharp::cuda
+} // namespace fastsharp::cuda

@@ -11,14 +11,14 @@
 
 namespace fastsharp::test {
 
-#define CHECK(condition, ...)                                           \
-    do {                                                                \
-        if (!(condition)) {                                             \
-            std::fprintf(stderr, "%s:%d: %s\n  ", __FILE__, __LINE__, #condition); \
-            std::fprintf(stderr, __VA_ARGS__);                          \
-            std::fprintf(stderr, "\n");                                 \
-            std::exit(1);                                               \
-        }                                                               \
+#define CHECK(condition, ...)                                                                                                              \
+    do {                                                                                                                                   \
+        if (!(condition)) {                                                                                                                \
+            std::fprintf(stderr, "%s:%d: %s\n  ", __FILE__, __LINE__, #condition);                                                         \
+            std::fprintf(stderr, __VA_ARGS__);                                                                                             \
+            std::fprintf(stderr, "\n");                                                                                                    \
+            std::exit(1);                                                                                                                  \
+        }                                                                                                                                  \
     } while (false)
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -37,21 +37,23 @@ private:
     unsigned long long state_ = 12345;
 };
 
-template <class T>
-struct Problem {
+template <class T> struct Problem {
     i64 j, n, ldv;
-    std::vector<T> V, w;  // V ends with its last row: no padding behind it to read into
+    std::vector<T> V, w; // V ends with its last row: no padding behind it to read into
     std::vector<double> ab, c;
 
     Problem(i64 rows, i64 columns, i64 stride) : j(rows), n(columns), ldv(stride) {
         Sequence next;
         V.assign(static_cast<std::size_t>((j - 1) * ldv + n), std::numeric_limits<T>::quiet_NaN());
         for (i64 r = 0; r < j; ++r) {
-            for (i64 i = 0; i < n; ++i) V[at(r, i)] = static_cast<T>(next());
+            for (i64 i = 0; i < n; ++i)
+                V[at(r, i)] = static_cast<T>(next());
         }
-        for (i64 i = 0; i < n; ++i) w.push_back(static_cast<T>(next()));
+        for (i64 i = 0; i < n; ++i)
+            w.push_back(static_cast<T>(next()));
         ab = {next(), next()};
-        for (i64 r = 0; r < j; ++r) c.push_back(next());
+        for (i64 r = 0; r < j; ++r)
+            c.push_back(next());
     }
     [[nodiscard]] std::size_t at(i64 r, i64 i) const { return static_cast<std::size_t>(r * ldv + i); }
 
@@ -65,7 +67,8 @@ struct Problem {
 
     void check_alpha(const std::vector<double>& out) const {
         long double s = 0, terms = 0;
-        for (i64 i = 0; i < n; ++i) add(V[at(0, i)], w[static_cast<std::size_t>(i)], s, terms);
+        for (i64 i = 0; i < n; ++i)
+            add(V[at(0, i)], w[static_cast<std::size_t>(i)], s, terms);
         close(out[0], s, terms, 1e-13, "alpha", 0);
     }
     void check_dots(const std::vector<T>& after, const std::vector<double>& coefficients, const std::vector<double>& out) const {
@@ -75,14 +78,16 @@ struct Problem {
             const T x = after[static_cast<std::size_t>(i)];
             long double want = w[static_cast<std::size_t>(i)];
             want -= static_cast<long double>(coefficients[0]) * static_cast<long double>(V[at(j - 1, i)]);
-            if (j >= 2) want -= static_cast<long double>(coefficients[1]) * static_cast<long double>(V[at(j - 2, i)]);
+            if (j >= 2)
+                want -= static_cast<long double>(coefficients[1]) * static_cast<long double>(V[at(j - 2, i)]);
             close(static_cast<double>(x), want, 4, eps, "w after dots", i);
             add(x, x, ww, ww_terms);
         }
         close(out[static_cast<std::size_t>(j)], ww, ww_terms, 1e-13, "dots", j);
         for (i64 r = 0; r < j; ++r) {
             long double s = 0, terms = 0;
-            for (i64 i = 0; i < n; ++i) add(V[at(r, i)], after[static_cast<std::size_t>(i)], s, terms);
+            for (i64 i = 0; i < n; ++i)
+                add(V[at(r, i)], after[static_cast<std::size_t>(i)], s, terms);
             close(out[static_cast<std::size_t>(r)], s, terms, 16 * eps, "dots", r);
         }
     }
@@ -112,4 +117,4 @@ private:
     }
 };
 
-}  // namespace fastsharp::test
+} // namespace fastsharp::test

@@ -50,7 +50,8 @@ constexpr int kLanes = 32;
 class QuietLock {
 public:
     void lock() {
-        while (flag_.test_and_set(std::memory_order_relaxed)) sched_yield();
+        while (flag_.test_and_set(std::memory_order_relaxed))
+            sched_yield();
     }
     void unlock() { flag_.clear(std::memory_order_relaxed); }
 
@@ -58,10 +59,9 @@ private:
     std::atomic_flag flag_ = ATOMIC_FLAG_INIT;
 };
 
-template <class T>
-class Quiet {  // an atomic with relaxed access and the syntax of a variable
+template <class T> class Quiet { // an atomic with relaxed access and the syntax of a variable
 public:
-    Quiet(T x = T()) : x_(x) {}  // NOLINT: implicit on purpose
+    Quiet(T x = T()) : x_(x) {} // NOLINT: implicit on purpose
     operator T() const { return x_.load(std::memory_order_relaxed); }
     Quiet& operator=(T x) {
         x_.store(x, std::memory_order_relaxed);
@@ -78,17 +78,22 @@ public:
 
     void wait(int line) {
         std::unique_lock<std::mutex> hold(mutex_);
-        if (waiting_ == 0) line_ = line;
-        else if (line_ != line) fail("__syncthreads reached from two source lines", line);
+        if (waiting_ == 0)
+            line_ = line;
+        else if (line_ != line)
+            fail("__syncthreads reached from two source lines", line);
         ++waiting_;
         const auto mine = generation_;
-        if (waiting_ == alive_) release();
-        else if (!open_.wait_for(hold, kPatience, [&] { return generation_ != mine; })) fail("__syncthreads never completed", line);
+        if (waiting_ == alive_)
+            release();
+        else if (!open_.wait_for(hold, kPatience, [&] { return generation_ != mine; }))
+            fail("__syncthreads never completed", line);
     }
     void leave() {
         const std::lock_guard<std::mutex> hold(mutex_);
         --alive_;
-        if (waiting_ > 0 && waiting_ == alive_) release();
+        if (waiting_ > 0 && waiting_ == alive_)
+            release();
     }
 
 private:
@@ -113,8 +118,10 @@ public:
 
     // Hands in this lane's bits, waits for the whole mask, and gives back the bits of lane `source`.
     std::uint64_t exchange(unsigned mask, int lane, int source, std::uint64_t bits, int line) {
-        if ((mask >> lane & 1U) == 0) fail("shuffle: the calling lane is not in its own mask", line);
-        if ((mask >> source & 1U) == 0) fail("shuffle: the source lane is not in the mask", line);
+        if ((mask >> lane & 1U) == 0)
+            fail("shuffle: the calling lane is not in its own mask", line);
+        if ((mask >> source & 1U) == 0)
+            fail("shuffle: the source lane is not in the mask", line);
         unsigned turn = 0;
         {
             const std::lock_guard<QuietLock> hold(lock_);
@@ -123,9 +130,11 @@ public:
                 mask_ = mask;
                 line_ = line;
             }
-            if (mask_ != mask) fail("shuffle: lanes of one warp name different masks", line);
-            if (line_ != line) fail("shuffle reached from two source lines", line);
-            bits_[turn % 2][lane] = bits;  // the other half is read until everyone has arrived here
+            if (mask_ != mask)
+                fail("shuffle: lanes of one warp name different masks", line);
+            if (line_ != line)
+                fail("shuffle reached from two source lines", line);
+            bits_[turn % 2][lane] = bits; // the other half is read until everyone has arrived here
             arrived_ = arrived_ | 1U << lane;
             if (arrived_ == mask) {
                 arrived_ = 0U;
@@ -134,8 +143,10 @@ public:
         }
         const auto start = std::chrono::steady_clock::now();
         while (turn_ == turn) {
-            if ((mask & ~alive_) != 0) fail("shuffle: a lane of the mask has returned or does not exist", line);
-            if (std::chrono::steady_clock::now() - start > kPatience) fail("shuffle never completed", line);
+            if ((mask & ~alive_) != 0)
+                fail("shuffle: a lane of the mask has returned or does not exist", line);
+            if (std::chrono::steady_clock::now() - start > kPatience)
+                fail("shuffle never completed", line);
             sched_yield();
         }
         return bits_[turn % 2][source];
@@ -166,11 +177,13 @@ public:
     unsigned char* array(const char* file, int line, std::size_t bytes) {
         const std::lock_guard<QuietLock> hold(lock_);
         for (int k = 0; k < count_; ++k) {
-            if (file_[k] == file && line_[k] == line) return memory_ + offset_[k];
+            if (file_[k] == file && line_[k] == line)
+                return memory_ + offset_[k];
         }
         const std::size_t offset = used_;
         const std::size_t end = (offset + bytes + 63) / 64 * 64 + 64;
-        if (count_ == kArrays || end > kBytes) fail("more shared memory than a block has", line);
+        if (count_ == kArrays || end > kBytes)
+            fail("more shared memory than a block has", line);
         ASAN_UNPOISON_MEMORY_REGION(memory_ + offset, bytes);
         file_[count_] = file;
         line_[count_] = line;
@@ -196,7 +209,8 @@ struct Block {
             const int lanes = threads - t < kLanes ? threads - t : kLanes;
             warps[static_cast<std::size_t>(t / kLanes)].set_lanes(lanes == kLanes ? ~0U : (1U << lanes) - 1U);
         }
-        if (dynamic > 0) dynamic_shared = arena.array("dynamic", 0, dynamic);
+        if (dynamic > 0)
+            dynamic_shared = arena.array("dynamic", 0, dynamic);
     }
     Arena arena;
     Barrier barrier;
@@ -207,19 +221,19 @@ struct Block {
 inline thread_local Block* block = nullptr;
 inline thread_local int thread = 0;
 
-template <class T>
-T shuffle(unsigned mask, T x, int source, int line) {
+template <class T> T shuffle(unsigned mask, T x, int source, int line) {
     static_assert(sizeof(T) <= sizeof(std::uint64_t));
     std::uint64_t bits = 0;
     std::memcpy(&bits, &x, sizeof x);
     const int lane = thread % kLanes;
-    if (source < 0 || source >= kLanes) source = lane;  // as CUDA: beyond the warp a lane keeps its own
+    if (source < 0 || source >= kLanes)
+        source = lane; // as CUDA: beyond the warp a lane keeps its own
     bits = block->warps[static_cast<std::size_t>(thread / kLanes)].exchange(mask, lane, source, bits, line);
     std::memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-}  // namespace fastsharp::shim
+} // namespace fastsharp::shim
 
 inline thread_local fastsharp::shim::Dim threadIdx, blockIdx, blockDim, gridDim;
 
@@ -230,14 +244,16 @@ inline thread_local fastsharp::shim::Dim threadIdx, blockIdx, blockDim, gridDim;
 #define __syncthreads() fastsharp::shim::block->barrier.wait(__LINE__)
 #define __shfl_sync(mask, x, source) fastsharp::shim::shuffle(mask, x, source, __LINE__)
 #define __shfl_xor_sync(mask, x, bits) fastsharp::shim::shuffle(mask, x, (fastsharp::shim::thread % 32) ^ (bits), __LINE__)
-#define __shfl_down_sync(mask, x, delta) fastsharp::shim::shuffle(mask, x, (fastsharp::shim::thread % 32) + static_cast<int>(delta), __LINE__)
+#define __shfl_down_sync(mask, x, delta)                                                                                                   \
+    fastsharp::shim::shuffle(mask, x, (fastsharp::shim::thread % 32) + static_cast<int>(delta), __LINE__)
 #define __shfl_up_sync(mask, x, delta) fastsharp::shim::shuffle(mask, x, (fastsharp::shim::thread % 32) - static_cast<int>(delta), __LINE__)
 
-#define FS_SHARED(type, name, count) \
+#define FS_SHARED(type, name, count)                                                                                                       \
     type* const name = reinterpret_cast<type*>(fastsharp::shim::block->arena.array(__FILE__, __LINE__, sizeof(type) * (count)))
 #define FS_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(fastsharp::shim::block->dynamic_shared)
-#define FS_LAUNCH(kernel, grid, block, shared, stream, ...) \
-    (static_cast<void>(stream), fastsharp::shim::launch(kernel, static_cast<int>(grid), static_cast<int>(block), static_cast<std::size_t>(shared), __VA_ARGS__))
+#define FS_LAUNCH(kernel, grid, block, shared, stream, ...)                                                                                \
+    (static_cast<void>(stream),                                                                                                            \
+     fastsharp::shim::launch(kernel, static_cast<int>(grid), static_cast<int>(block), static_cast<std::size_t>(shared), __VA_ARGS__))
 
 // The few runtime calls that launchers make; a test sets shim::next_error to see a failure pass through.
 using cudaError_t = int;
@@ -249,10 +265,10 @@ namespace fastsharp::shim {
 inline int device = 0;
 inline cudaError_t next_error = cudaSuccess;
 
-template <class Kernel, class... Args>
-void launch(Kernel kernel, int grid, int threads, std::size_t dynamic, Args... args) {
+template <class Kernel, class... Args> void launch(Kernel kernel, int grid, int threads, std::size_t dynamic, Args... args) {
     std::vector<std::unique_ptr<Block>> blocks;
-    for (int b = 0; b < grid; ++b) blocks.push_back(std::make_unique<Block>(threads, dynamic));
+    for (int b = 0; b < grid; ++b)
+        blocks.push_back(std::make_unique<Block>(threads, dynamic));
     std::vector<std::thread> pool;
     for (int t = 0; t < threads; ++t) {
         pool.emplace_back([&, t] {
@@ -269,10 +285,11 @@ void launch(Kernel kernel, int grid, int threads, std::size_t dynamic, Args... a
             }
         });
     }
-    for (std::thread& t : pool) t.join();
+    for (std::thread& t : pool)
+        t.join();
 }
 
-}  // namespace fastsharp::shim
+} // namespace fastsharp::shim
 
 inline cudaError_t cudaGetDevice(int* d) {
     *d = fastsharp::shim::device;

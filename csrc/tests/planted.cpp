@@ -49,14 +49,16 @@ __global__ void two_barriers(const double* x, double* out) {
 __global__ void lane_outside_mask(const double* x, double* out) { out[threadIdx.x] = __shfl_xor_sync(0xffffU, x[threadIdx.x], 1); }
 
 __global__ void lane_has_returned(const double* x, double* out) {
-    if (threadIdx.x == 5) return;
+    if (threadIdx.x == 5)
+        return;
     out[threadIdx.x] = __shfl_down_sync(0xffffffffU, x[threadIdx.x], 1);
 }
 
 // A thread that returned leaves the barrier: this one is allowed, and must not hang.
 __global__ void early_return(const double* x, double* out) {
     out[threadIdx.x] = x[threadIdx.x];
-    if (threadIdx.x % 2 == 1) return;
+    if (threadIdx.x % 2 == 1)
+        return;
     __syncthreads();
 }
 
@@ -65,7 +67,7 @@ __global__ void uninitialised(const double*, double* out) {
     out[threadIdx.x] = s[threadIdx.x];
 }
 
-}  // namespace
+} // namespace
 
 int main(int argc, char** argv) {
     const std::string fault = argc > 1 ? argv[1] : "";
@@ -83,9 +85,11 @@ int main(int argc, char** argv) {
                                                   {"early_return", early_return},
                                                   {"uninitialised", uninitialised}};
     for (const auto& [name, kernel] : all) {
-        if (fault != name) continue;
+        if (fault != name)
+            continue;
         FS_LAUNCH(kernel, 3, 64, 0, nullptr, x.data(), out.data());
-        if (out[0] != out[0]) std::fprintf(stderr, "planted: a NaN from shared memory\n");
+        if (out[0] != out[0])
+            std::fprintf(stderr, "planted: a NaN from shared memory\n");
         return out[0] == 1.0 ? 0 : 4;
     }
     std::fprintf(stderr, "planted: no fault named '%s'\n", fault.c_str());

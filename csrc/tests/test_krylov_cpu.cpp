@@ -10,8 +10,7 @@ using test::poisoned;
 
 namespace {
 
-template <class T>
-struct Results {
+template <class T> struct Results {
     std::vector<double> alpha, dots, update, bare;
     std::vector<T> after_dots, after_update, after_bare;
 
@@ -21,8 +20,7 @@ struct Results {
     }
 };
 
-template <class T>
-Results<T> run(const test::Problem<T>& p, int threads) {
+template <class T> Results<T> run(const test::Problem<T>& p, int threads) {
     Results<T> r{poisoned(1), poisoned(p.j + 1), poisoned(1), poisoned(p.j + 1), p.w, p.w, p.w};
     const std::vector<double> none{0, 0};
     auto small = poisoned(cpu::workspace_size(p.n, 0));
@@ -34,8 +32,7 @@ Results<T> run(const test::Problem<T>& p, int threads) {
     return r;
 }
 
-template <class T>
-void check(i64 j, i64 n, i64 ldv) {
+template <class T> void check(i64 j, i64 n, i64 ldv) {
     const test::Problem<T> p(j, n, ldv);
     const Results<T> r = run(p, 1);
     p.check_alpha(r.alpha);
@@ -43,7 +40,8 @@ void check(i64 j, i64 n, i64 ldv) {
     p.check_dots(r.after_bare, {0, 0}, r.bare);
     CHECK(r.after_bare == p.w, "zero coefficients changed w");
     p.check_update(r.after_update, r.update);
-    for (const int threads : {2, 3, 7}) CHECK(run(p, threads) == r, "%d threads change the bits at j = %d", threads, static_cast<int>(j));
+    for (const int threads : {2, 3, 7})
+        CHECK(run(p, threads) == r, "%d threads change the bits at j = %d", threads, static_cast<int>(j));
 }
 
 // An infinite v_j under a zero coefficient must not reach w as 0 * inf.
@@ -55,11 +53,12 @@ void zero_coefficient_skips_its_term() {
     auto out = poisoned(3);
     auto work = poisoned(cpu::workspace_size(3, 2));
     CHECK(cpu::dots(V.data(), 3, w.data(), ab.data(), 2, 3, out.data(), work.data(), 1).ok(), "dots");
-    CHECK((w == std::vector<float>{-1, 0, 1}), "w is %g %g %g", static_cast<double>(w[0]), static_cast<double>(w[1]), static_cast<double>(w[2]));
+    CHECK((w == std::vector<float>{-1, 0, 1}), "w is %g %g %g", static_cast<double>(w[0]), static_cast<double>(w[1]),
+          static_cast<double>(w[2]));
     CHECK(out[2] == 2, "w'w is %g", out[2]);
 }
 
-}  // namespace
+} // namespace
 
 int main() {
     for (const char* level : {"scalar", "avx2", "avx512"}) {

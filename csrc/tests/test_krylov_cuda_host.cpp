@@ -9,18 +9,19 @@ using test::poisoned;
 namespace {
 
 template <class T>
-struct Aligned {  // a copy of a vector at an address that is a multiple of 16 bytes, or is not, and ends where the vector ends
+struct Aligned { // a copy of a vector at an address that is a multiple of 16 bytes, or is not, and ends where the vector ends
     std::unique_ptr<T[]> memory;
     T* data;
 
-    Aligned(const std::vector<T>& from, bool aligned) : memory(new T[from.size() + (aligned ? 0 : 1)]), data(memory.get() + (aligned ? 0 : 1)) {
-        for (std::size_t i = 0; i < from.size(); ++i) data[i] = from[i];
+    Aligned(const std::vector<T>& from, bool aligned)
+        : memory(new T[from.size() + (aligned ? 0 : 1)]), data(memory.get() + (aligned ? 0 : 1)) {
+        for (std::size_t i = 0; i < from.size(); ++i)
+            data[i] = from[i];
     }
     std::vector<T> copy(i64 n) const { return std::vector<T>(data, data + n); }
 };
 
-template <class T>
-void check(i64 j, i64 n, i64 ldv, bool aligned, cuda::LaunchConfig config) {
+template <class T> void check(i64 j, i64 n, i64 ldv, bool aligned, cuda::LaunchConfig config) {
     const test::Problem<T> p(j, n, ldv);
     const Aligned<T> V(p.V, aligned);
     std::vector<double> before;
@@ -62,7 +63,7 @@ void launch_covers_n() {
     CHECK(cuda::LaunchConfig::of(i64{3} << 40).grid == 2048, "sizes are 64-bit");
 }
 
-}  // namespace
+} // namespace
 
 int main() {
     launch_covers_n();
@@ -74,8 +75,8 @@ int main() {
             check<double>(1, n, n + n % 2, true, config);
         }
     }
-    check<float>(35, 600, 600, true, {6, 64});   // more than one group of 32 rows
+    check<float>(35, 600, 600, true, {6, 64}); // more than one group of 32 rows
     check<double>(3, 511, 513, false, {3, 64});
-    check<float>(258, 300, 304, true, {1, 32});  // more than one launch of rows
+    check<float>(258, 300, 304, true, {1, 32}); // more than one launch of rows
     std::printf("ok\n");
 }

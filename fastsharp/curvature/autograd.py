@@ -109,4 +109,6 @@ def _saved(node: Any) -> Iterator[torch.Tensor]:
 def _qualified_name(function: Any) -> str:
     """Where the code of a possibly wrapped function was written."""
     code = getattr(function, "__code__", None)
-    return "" if code is None else getattr(code, "co_qualname", None) or ("once_differentiable" if code.co_name == "wrapper" else code.co_name)
+    return (
+        "" if code is None else getattr(code, "co_qualname", None) or ("once_differentiable" if code.co_name == "wrapper" else code.co_name)
+    )

@@ -67,7 +67,9 @@ class Hessian(SymmetricOperator):
         if self._unused:
             notes.append(f"no gradient path to {', '.join(self._unused)}: their rows of the Hessian are zero")
         if not self._all_kept:
-            notes.append(f"{len(self._graphs)} batches kept their graph; the others exceed the memory budget and are recomputed in every product")
+            notes.append(
+                f"{len(self._graphs)} batches kept their graph; the others exceed the memory budget and are recomputed in every product"
+            )
         notes.extend(self.preflight.get("notes", ()))
         if self.preflight["level"] == "off":
             notes.append("unchecked: preflight='off'")
@@ -75,7 +77,13 @@ class Hessian(SymmetricOperator):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"operator": "hessian", "backend": "autograd", "reduction": self.objective.reduction, **self._options, "preflight": self.preflight}
+        return {
+            "operator": "hessian",
+            "backend": "autograd",
+            "reduction": self.objective.reduction,
+            **self._options,
+            "preflight": self.preflight,
+        }
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -31,9 +31,7 @@ def dense(operator: SymmetricOperator, request: Request) -> Eigenpairs:
     size = largest(A)
     if not math.isfinite(size):
         column = int((~torch.isfinite(A)).nonzero()[0, 0])
-        raise NonFiniteError(
-            f"lanczos: the product with unit vector {column} contains NaN or Inf. Check the matrix or callable."
-        )
+        raise NonFiniteError(f"lanczos: the product with unit vector {column} contains NaN or Inf. Check the matrix or callable.")
     shift = exponent(size)
     A = scaled(A, -shift)
     defect, size = float((A - A.T).norm()), float(A.norm())

@@ -29,7 +29,9 @@ def check(op: str, name: str, t: Any, ndim: int, dtypes: tuple[torch.dtype, ...]
             "Call the op outside the transformed function."
         )
     if t.layout != torch.strided or t.is_neg() or t.device.type == "meta":
-        raise ArgumentTypeError(f"{op}: {name} is sparse, a lazy negation or on 'meta', expected memory that holds its values. Use .resolve_neg().")
+        raise ArgumentTypeError(
+            f"{op}: {name} is sparse, a lazy negation or on 'meta', expected memory that holds its values. Use .resolve_neg()."
+        )
     if t.dtype not in dtypes:
         expected = " or ".join(str(d) for d in dtypes)
         raise DtypeError(f"{op}: {name} is {t.dtype}, expected {expected}. Convert it before the call; kernels never copy.")
@@ -66,7 +68,9 @@ def check_basis(op: str, V: Any, w: Any) -> None:
     j, n = V.shape
     check_length(op, "w", w, n, f"as V is {tuple(V.shape)}")
     if j > 1 and V.stride(0) < n:
-        raise ShapeError(f"{op}: V has row stride {V.stride(0)}, expected at least n = {n}: its rows overlap. Store the basis as (m, n) rows.")
+        raise ShapeError(
+            f"{op}: V has row stride {V.stride(0)}, expected at least n = {n}: its rows overlap. Store the basis as (m, n) rows."
+        )
     if _overlaps_rows(w, V):
         raise InputError(f"{op}: w overlaps a row of V, but is written while V is read. Pass the rows before w, as V[:j] with w = V[j].")
 

@@ -170,7 +170,10 @@ def test_C6_scale_by_any_factor_moves_relative_values_by_rounding(dtype: torch.d
     for factor in (1e-12, 1e12):
         A = torch.from_numpy(case.A * factor).to(dtype).double().numpy()
         other = solve(Case("scaled", A, case.exact * factor), dtype)
-        assert float((other.eigenvalues / factor - base.eigenvalues).abs().max()) <= float(base.error_bounds.max()) + 10 * eps_of(dtype) * case.norm
+        assert (
+            float((other.eigenvalues / factor - base.eigenvalues).abs().max())
+            <= float(base.error_bounds.max()) + 10 * eps_of(dtype) * case.norm
+        )
 
 
 @dtypes

@@ -67,7 +67,9 @@ class Case:
         return Case(self.basis.clone(), self.j, self.n, self.ab.clone(), self.c.clone())
 
 
-def case(j: int, n: int, dtype: torch.dtype, *, pad: int = 0, scale: float = 1.0, device: torch.device | str = "cpu", seed: int = 0) -> Case:
+def case(
+    j: int, n: int, dtype: torch.dtype, *, pad: int = 0, scale: float = 1.0, device: torch.device | str = "cpu", seed: int = 0
+) -> Case:
     """Rows of order one, a vector of order `scale`, and NaN in the padding, which nobody may read."""
     g = torch.Generator().manual_seed(1000 * j + n + seed)
     basis = torch.full((j + 1, n + pad), torch.nan, dtype=dtype)

@@ -80,7 +80,11 @@ def test_refuses_a_vector_that_is(op: str, make: Callable[[], Any], error: type[
         (lambda: torch.zeros(J, 0), ShapeError, "at least one entry"),
         (lambda: torch.zeros(N), ShapeError, "expected 2 dimensions"),
         (lambda: torch.zeros(N, J).T, ShapeError, "expected the last dimension contiguous"),
-        (lambda: torch.zeros(J * N).as_strided((J, N), (N - 1, 1)), ShapeError, rf"row stride {N - 1}, expected at least n = {N}: its rows overlap"),
+        (
+            lambda: torch.zeros(J * N).as_strided((J, N), (N - 1, 1)),
+            ShapeError,
+            rf"row stride {N - 1}, expected at least n = {N}: its rows overlap",
+        ),
         (lambda: torch.zeros(N).expand(J, N), ShapeError, "row stride 0"),
     ],
     ids=["dtype", "no-rows", "no-columns", "ndim", "columns", "overlapping", "expanded"],
@@ -121,7 +125,9 @@ def test_refuses_fake_tensors_and_subclasses() -> None:
     class Tagged(Tensor):
         pass
 
-    refuses(ArgumentTypeError, "w is a Tagged, expected a plain torch.Tensor; fake and subclassed", "dots", w=torch.zeros(N).as_subclass(Tagged))
+    refuses(
+        ArgumentTypeError, "w is a Tagged, expected a plain torch.Tensor; fake and subclassed", "dots", w=torch.zeros(N).as_subclass(Tagged)
+    )
     with FakeTensorMode():
         fake = torch.zeros(N)
     refuses(ArgumentTypeError, "w is a FakeTensor", "dots", w=fake)

@@ -60,7 +60,9 @@ def test_dots_removes_two_terms_and_returns_the_products_of_the_new_w(device: to
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("j", ROWS)
 @pytest.mark.parametrize("n", SIZES)
-def test_update_subtracts_the_combination_and_returns_the_square_of_the_new_w(device: torch.device, n: int, j: int, dtype: torch.dtype) -> None:
+def test_update_subtracts_the_combination_and_returns_the_square_of_the_new_w(
+    device: torch.device, n: int, j: int, dtype: torch.dtype
+) -> None:
     check_update(case(j, n, dtype, pad=n % 7, device=device))
 
 

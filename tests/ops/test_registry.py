@@ -60,7 +60,12 @@ def test_without_native_modules_the_reference_runs_and_info_says_why(no_native: 
 
 
 def test_forcing_a_missing_backend_lists_what_is_registered_and_why_it_is_missing(no_native: None) -> None:
-    with pytest.raises(KernelError, match=r"'cpu' cannot be used.\nRegistered: cuda \(.*not built.*\); cpu \(.*not built.*\); reference \(ready\)"), force("cpu"):
+    with (
+        pytest.raises(
+            KernelError, match=r"'cpu' cannot be used.\nRegistered: cuda \(.*not built.*\); cpu \(.*not built.*\); reference \(ready\)"
+        ),
+        force("cpu"),
+    ):
         pass
 
 
@@ -100,7 +105,11 @@ def test_environment_variable_forces_a_lower_instruction_set() -> None:
         pytest.skip("no native module")
     code = "import torch, fastsharp._cpu as c; print(c.simd())"
     assert python(code, FASTSHARP_SIMD="scalar") == "scalar"
-    assert python(code, FASTSHARP_SIMD="nonsense") == python(code, FASTSHARP_SIMD="") == python("import fastsharp._cpu as c; print(c.simd_supported())")
+    assert (
+        python(code, FASTSHARP_SIMD="nonsense")
+        == python(code, FASTSHARP_SIMD="")
+        == python("import fastsharp._cpu as c; print(c.simd_supported())")
+    )
 
 
 def test_one_openmp_runtime_in_the_process_and_it_is_torchs() -> None:

@@ -20,10 +20,10 @@ namespace fastsharp {
 
 struct OpenMP {
     using Body = void (*)(void*);
-    void (*parallel)(Body, void*, unsigned, unsigned) = nullptr;  // GOMP_parallel, also exported by libomp and libiomp5
+    void (*parallel)(Body, void*, unsigned, unsigned) = nullptr; // GOMP_parallel, also exported by libomp and libiomp5
     int (*thread_num)() = nullptr;
     int (*num_threads)() = nullptr;
-    std::string path;  // of the runtime found; empty: none
+    std::string path; // of the runtime found; empty: none
 
     [[nodiscard]] bool found() const { return parallel != nullptr; }
 };
@@ -34,7 +34,8 @@ inline bool is_openmp(const char* path) {
     const char* slash = std::strrchr(path, '/');
     const char* name = slash != nullptr ? slash + 1 : path;
     for (const char* prefix : {"libgomp", "libiomp5", "libomp"}) {
-        if (std::strncmp(name, prefix, std::strlen(prefix)) == 0) return true;
+        if (std::strncmp(name, prefix, std::strlen(prefix)) == 0)
+            return true;
     }
     return false;
 }
@@ -56,12 +57,13 @@ inline OpenMP find_openmp() {
         &loaded);
     for (const std::string& path : loaded) {
         void* lib = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-        if (lib == nullptr) continue;
+        if (lib == nullptr)
+            continue;
         omp.parallel = reinterpret_cast<decltype(omp.parallel)>(dlsym(lib, "GOMP_parallel"));
         omp.thread_num = reinterpret_cast<decltype(omp.thread_num)>(dlsym(lib, "omp_get_thread_num"));
         omp.num_threads = reinterpret_cast<decltype(omp.num_threads)>(dlsym(lib, "omp_get_num_threads"));
         if (omp.parallel != nullptr && omp.thread_num != nullptr && omp.num_threads != nullptr) {
-            omp.path = path;  // the handle stays open: it keeps the runtime that we call
+            omp.path = path; // the handle stays open: it keeps the runtime that we call
             return omp;
         }
         dlclose(lib);
@@ -71,24 +73,26 @@ inline OpenMP find_openmp() {
     return omp;
 }
 
-}  // namespace detail
+} // namespace detail
 
 inline const OpenMP& openmp() {
-    static const OpenMP omp = detail::find_openmp();  // on first use, when torch is loaded already
+    static const OpenMP omp = detail::find_openmp(); // on first use, when torch is loaded already
     return omp;
 }
 
 // f(task) for every task in [0, tasks), each thread taking one contiguous range: pages stay where they were touched first.
-template <class F>
-void parallel_for(i64 tasks, int threads, F f) {
+template <class F> void parallel_for(i64 tasks, int threads, F f) {
     static_assert(std::is_nothrow_invocable_v<F, i64>, "an exception cannot leave a parallel region");
-    if (threads > tasks) threads = static_cast<int>(tasks);
+    if (threads > tasks)
+        threads = static_cast<int>(tasks);
     if (threads <= 1) {
-        for (i64 t = 0; t < tasks; ++t) f(t);
+        for (i64 t = 0; t < tasks; ++t)
+            f(t);
         return;
     }
     const auto share = [&f, tasks](i64 id, i64 total) noexcept {
-        for (i64 t = tasks * id / total; t < tasks * (id + 1) / total; ++t) f(t);
+        for (i64 t = tasks * id / total; t < tasks * (id + 1) / total; ++t)
+            f(t);
     };
     const OpenMP& omp = openmp();
     if (omp.found()) {
@@ -105,9 +109,11 @@ void parallel_for(i64 tasks, int threads, F f) {
         return;
     }
     std::vector<std::thread> others;
-    for (int id = 1; id < threads; ++id) others.emplace_back([&share, id, threads] { share(id, threads); });
+    for (int id = 1; id < threads; ++id)
+        others.emplace_back([&share, id, threads] { share(id, threads); });
     share(0, threads);
-    for (std::thread& t : others) t.join();
+    for (std::thread& t : others)
+        t.join();
 }
 
-}  // namespace fastsharp
+} // namespace fastsharp

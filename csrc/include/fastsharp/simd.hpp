@@ -18,14 +18,14 @@ namespace fastsharp {
 
 enum class Simd : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
-inline const char* name(Simd level) {
-    return level == Simd::avx512 ? "avx512" : level == Simd::avx2 ? "avx2" : "scalar";
-}
+inline const char* name(Simd level) { return level == Simd::avx512 ? "avx512" : level == Simd::avx2 ? "avx2" : "scalar"; }
 
 inline Simd simd_supported() {
 #if FASTSHARP_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return Simd::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Simd::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return Simd::avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return Simd::avx2;
 #endif
     return Simd::scalar;
 }
@@ -46,21 +46,23 @@ namespace detail {
 inline std::atomic<Simd>& live_simd() {
     static std::atomic<Simd> level = [] {
         Simd chosen = simd_supported();
-        if (const char* wish = std::getenv("FASTSHARP_SIMD")) parse_simd(wish, chosen);
+        if (const char* wish = std::getenv("FASTSHARP_SIMD"))
+            parse_simd(wish, chosen);
         return chosen;
     }();
     return level;
 }
 
-}  // namespace detail
+} // namespace detail
 
 inline Simd simd() { return detail::live_simd().load(std::memory_order_relaxed); }
 
 inline bool set_simd(const char* text) {
     Simd level{};
-    if (!parse_simd(text, level)) return false;
+    if (!parse_simd(text, level))
+        return false;
     detail::live_simd().store(level, std::memory_order_relaxed);
     return true;
 }
 
-}  // namespace fastsharp
+} // namespace fastsharp

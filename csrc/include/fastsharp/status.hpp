@@ -6,12 +6,12 @@
 namespace fastsharp {
 
 struct Status {
-    const char* kernel = "";     // name of the op, static storage
-    const char* problem = nullptr;  // nullptr: success; else static storage
+    const char* kernel = "";       // name of the op, static storage
+    const char* problem = nullptr; // nullptr: success; else static storage
 
     [[nodiscard]] bool ok() const { return problem == nullptr; }
 };
 
 inline std::string message(const Status& s) { return std::string(s.kernel) + ": " + (s.ok() ? "success" : s.problem); }
 
-}  // namespace fastsharp
+} // namespace fastsharp

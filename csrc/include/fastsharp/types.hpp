@@ -8,4 +8,4 @@ using i64 = std::int64_t;
 
 constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
-}  // namespace fastsharp
+} // namespace fastsharp

@@ -1,0 +1,73 @@
+"""The import table of DESIGN.md, enforced: what each module may reach inside the package, and what `import fastsharp` costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "fastsharp"
+BELOW_OBJECTIVE = {"errors", "batches", "guard", "locate", "losses", "params"}
+ALLOWED = {
+    "errors": {"results"},  # for types
+    "rng": set(),
+    "ops": {"errors"},
+    "operator": {"errors"},
+    "params": {"errors"},
+    "guard": {"errors"},
+    "batches": {"errors", "guard"},
+    "losses": {"errors", "batches"},
+    "locate": {"errors", "batches"},
+    "objective": BELOW_OBJECTIVE,
+    "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
+    "results": {"errors", "plots", "params"},
+    "krylov": {"errors", "operator", "ops", "rng", "results"},
+    "difference": BELOW_OBJECTIVE | {"objective", "curvature"},
+    "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
+    "data": {"errors"},
+    "models": {"errors"},
+}
+ABOVE = {"api", "cli", "plots", "progress", "_report", "_environment", "__init__"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The module or subpackage that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def reached(path: Path) -> set[str]:
+    """Parts of the package that a file imports anywhere, also inside functions and for types."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastsharp":
+            names |= {f"fastsharp.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return {name.split(".")[1] for name in names if name.startswith("fastsharp.")}
+
+
+def test_every_module_has_its_row() -> None:
+    assert {part_of(path) for path in FILES} == set(ALLOWED) | ABOVE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_table(path: Path) -> None:
+    part = part_of(path)
+    if part in ALLOWED:
+        assert reached(path) - {part} <= ALLOWED[part]
+
+
+def test_import_needs_torch_and_numpy_alone() -> None:
+    """rich, matplotlib, scipy, torchvision and safetensors are imported on first use."""
+    code = "import torch, sys; before = set(sys.modules); import fastsharp; print(*(set(sys.modules) - before))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    assert "fastsharp" in loaded
+    assert not loaded & {"rich", "matplotlib", "scipy", "torchvision", "safetensors", "triton", "PIL", "sklearn", "transformers"}
