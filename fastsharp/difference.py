@@ -51,17 +51,22 @@ def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator
     beside = double.theta + _BESIDE * size / float(aside.norm()) * aside
     best = float("inf")
     for shrink, samples, moved in _ATTEMPTS:
-        found = _error(double, beside if moved else double.theta, v, _STEP * size * shrink, lambda count=samples: double.limit(count))
+        found = _error(double, beside if moved else double.theta, v, _STEP * size * shrink, lambda count=samples: double.limit(count))  # type: ignore[misc]
         best = min(best, best if found is None else found[0])
         if best <= DIFFERENCE_GATE:
             return best, False
     chosen = double.hardest(_CANDIDATES)
-    ladder = [_error(double, beside, v, _STEP * size * shrink, lambda: double.limit(1, chosen)) for shrink in _LADDER]
-    rungs = [(i, found) for i, found in enumerate(ladder) if found is not None]
+    rungs = []
+    for i, shrink in enumerate(_LADDER):
+        found = _error(double, beside, v, _STEP * size * shrink, lambda: double.limit(1, chosen))
+        if found is not None:
+            rungs.append((i, found))
+            if found[0] <= DIFFERENCE_GATE:
+                return found[0], False
     if rungs:
         i, (lowest, E) = min(rungs, key=lambda rung: rung[1][0])
         neighbours = [found[1] for j, found in rungs if abs(j - i) == 1]
-        if lowest > DIFFERENCE_GATE and any(float((E - other).norm()) <= _AGREE * float(E.norm()) for other in neighbours):
+        if any(float((E - other).norm()) <= _AGREE * float(E.norm()) for other in neighbours):
             return lowest, True
         best = min(best, lowest)
     return best, False
@@ -81,8 +86,9 @@ def _error(
     if not error < float("inf") or scale == slope == 0.0:
         return None
     # a gradient that hardly depends on the weights leaves rounding to compare with; below 1e-9 of it nothing can be said
-    error = max(0.0, error - min(128 * torch.finfo(torch.float64).eps * slope / h, 1e-9 * slope))
-    return (error / scale if scale else 0.0 if error == 0.0 else float("inf")), E
+    unseen = error <= min(128 * torch.finfo(torch.float64).eps * slope / h, 1e-9 * slope)
+    share = error / scale if scale else float("inf")
+    return (min(share, DIFFERENCE_GATE) if unseen else share), E
 
 
 class DoubleGradient:

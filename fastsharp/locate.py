@@ -17,6 +17,14 @@ def non_finite_loss(model: nn.Module, index: int, batch: Any, loss: float, evalu
     return NonFiniteError(f"the loss of batch {index} is {loss}: {_in_batch(batch) or _in_modules(model, evaluate)}.\n{_ADVICE}")
 
 
+def non_finite_gradient(names: list[str], index: int, batch: Any) -> NonFiniteError:
+    """The error for a gradient that is not finite on batch `index` in the rows `names`, though the loss is."""
+    cause = _in_batch(batch) or "a square root, norm or division at zero has no derivative; add a small constant inside it"
+    return NonFiniteError(
+        f"the gradient of batch {index} has NaN or Inf in {', '.join(names[:4])}, though the loss is finite:\n{cause}.\n{_ADVICE}"
+    )
+
+
 _ADVICE = "Look at that sample or module; drop bad samples from the data, or load a checkpoint from before the divergence."
 
 

@@ -25,7 +25,7 @@ def unchanged(model: nn.Module | None, *data: torch.Tensor) -> Iterator[None]:
         after = snapshot(model, data)
         assert before.keys() == after.keys(), f"gone or new: {sorted(before.keys() ^ after.keys())}"
         changed = [name for name in before if before[name] != after[name]]
-        assert not changed, f"changed: {changed}"
+        assert not changed, f"changed: {changed}, e.g. {before[changed[0]]!r:.300} -> {after[changed[0]]!r:.300}"
 
 
 def snapshot(model: nn.Module | None, data: tuple[torch.Tensor, ...] = ()) -> dict[str, Any]:
@@ -88,3 +88,26 @@ def _readable(read: Any) -> str:
         return str(read())
     except RuntimeError:
         return "refused"
+
+
+@contextmanager
+def refuses(error: type[BaseException], *words: str, model: nn.Module | None = None, data: tuple[torch.Tensor, ...] = ()) -> Iterator[None]:
+    """The block raises `error` with a message as promised: it holds `words`, its code, at most five lines, and nothing changed (P14, P15)."""
+    with unchanged(model, *data):
+        try:
+            yield
+        except error as e:
+            check_message(e, *words)
+            return
+    raise AssertionError(f"{error.__name__} was not raised")
+
+
+def check_message(e: BaseException, *words: str) -> None:
+    """At most five lines, the class's code at the end, every one of `words`, and a sentence that tells what to do."""
+    text = str(e)
+    assert len(text.splitlines()) <= 5, text
+    assert text.endswith(f"[{type(e).code}]"), text
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
+    advice = text.removesuffix(f"[{type(e).code}]").rstrip()
+    assert advice.endswith((".", ")", '"')) and len(advice) > 40, text

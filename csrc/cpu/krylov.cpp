@@ -23,10 +23,11 @@ namespace fastsharp::cpu {
 
 namespace {
 
-constexpr i64 kChunk = 256;  // elements summed in T
-constexpr i64 kTile = 4096;  // elements of w kept in cache while the rows of V stream past
-constexpr i64 kSlabs = 1024; // tasks at most
-constexpr int kRows = 4;     // rows of V per load of w
+constexpr i64 kChunk = 256;    // elements summed in T
+constexpr i64 kTile = 2048;    // elements of w kept in cache while the rows of V stream past
+constexpr i64 kSlabs = 1024;   // tasks at most
+constexpr int kRows = 4;       // rows of V per load of w in dots
+constexpr int kUpdateRows = 8; // rows of V per pass over the accumulator in update
 
 template <class T> struct Tiles {
     double (*alpha)(const T*, const T*, i64);

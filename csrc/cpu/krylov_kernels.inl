@@ -143,39 +143,39 @@ template <class T> FS_TARGET void dots_tile(const T* V, i64 ldv, T* w, double a,
         dots_rows<1>(V + r * ldv, ldv, w, n, out + r);
 }
 
-// acc <- acc - sum of R rows; the first rows read w, the later ones the accumulator.
-template <int R, class T, class From>
-FS_TARGET void update_rows(const T* V, i64 ldv, const double* c, const From* from, double* acc, i64 n) {
+// acc <- acc - sum of R rows. `next` is what will be read after them, R rows as well: without the hint every row would begin
+// with the latency of memory, since the hardware prefetcher stops at pages. A hint never faults and may lie behind the end.
+template <int R, class T> FS_TARGET void update_rows(const T* V, i64 ldv, const double* c, double* acc, i64 n, const T* next) {
+    constexpr i64 kStep = 64 / static_cast<i64>(sizeof(T)); // a cache line of every row
     i64 i = 0;
-    for (; i + kWide <= n; i += kWide) {
-        Wide x = widen(from + i);
-        for (int r = 0; r < R; ++r)
-            x -= c[r] * widen(V + r * ldv + i);
-        __builtin_memcpy(acc + i, &x, sizeof x);
+    for (; i + kStep <= n; i += kStep) {
+        Wide x[kStep / kWide];
+        __builtin_memcpy(x, acc + i, sizeof x);
+        for (int r = 0; r < R; ++r) {
+            for (i64 k = 0; k < kStep / kWide; ++k)
+                x[k] -= c[r] * widen(V + r * ldv + i + k * kWide);
+            __builtin_prefetch(next + r * ldv + i, 0, 2);
+        }
+        __builtin_memcpy(acc + i, x, sizeof x);
     }
     for (; i < n; ++i) {
-        double x = static_cast<double>(from[i]);
         for (int r = 0; r < R; ++r)
-            x -= c[r] * static_cast<double>(V[r * ldv + i]);
-        acc[i] = x;
+            acc[i] -= c[r] * static_cast<double>(V[r * ldv + i]);
     }
 }
 
 // n <= kTile. The sum of all j terms is kept in double and rounded once.
 template <class T> FS_TARGET double update_tile(const T* V, i64 ldv, T* w, const double* c, i64 j, i64 n) {
     alignas(64) double acc[kTile];
+    for (i64 k = 0; k < n; ++k)
+        acc[k] = static_cast<double>(w[k]);
     i64 r = 0;
-    if (j >= kRows) {
-        update_rows<kRows>(V, ldv, c, w, acc, n);
-        r = kRows;
-    } else {
-        update_rows<1>(V, ldv, c, w, acc, n);
-        r = 1;
+    for (; r + kUpdateRows <= j; r += kUpdateRows) {
+        const T* next = r + 2 * kUpdateRows <= j ? V + (r + kUpdateRows) * ldv : V + kTile;
+        update_rows<kUpdateRows>(V + r * ldv, ldv, c + r, acc, n, next);
     }
-    for (; r + kRows <= j; r += kRows)
-        update_rows<kRows>(V + r * ldv, ldv, c + r, acc, acc, n);
     for (; r < j; ++r)
-        update_rows<1>(V + r * ldv, ldv, c + r, acc, acc, n);
+        update_rows<1>(V + r * ldv, ldv, c + r, acc, n, V + (r + 1) * ldv);
     Wide s{};
     i64 i = 0;
     for (; i + kWide <= n; i += kWide) {

@@ -11,6 +11,8 @@ from torch import nn
 from fastsharp.batches import tensors_of
 from fastsharp.curvature.autograd import GradientGraph
 from fastsharp.errors import DisconnectedLossError, InputError, UnusedParamWarning
+from fastsharp.locate import non_finite_gradient
+from fastsharp.losses import Value
 from fastsharp.objective import Objective
 from fastsharp.operator import SymmetricOperator
 from fastsharp.params import ParamLayout, Selector
@@ -98,8 +100,18 @@ class Hessian(SymmetricOperator):
 
     def minibatch_graph(self, batch: Any, index: int = 0) -> tuple[GradientGraph, float]:
         """A fresh gradient graph of one batch and its scale in the numerator of L; call inside `objective.quiet()`."""
+        value, graph = self._graph(batch, index)
+        return graph, value.scale
+
+    def _graph(self, batch: Any, index: int) -> tuple[Value, GradientGraph]:
         value = self.objective.evaluate(index, batch)
-        return GradientGraph(value.loss, self.objective.selection.params), value.scale
+        graph = GradientGraph(value.loss, self.objective.selection.params)
+        finite = torch.stack([torch.isfinite(g).all() for g in graph.gradient if g is not None] or [torch.tensor(True)])
+        if not bool(finite.all()):  # a saturated unit hides an Inf in the data from the loss
+            names = zip(self.objective.selection.names, graph.gradient, strict=True)
+            bad = [name for name, g in names if g is not None and not bool(torch.isfinite(g).all())]
+            raise non_finite_gradient(bad, index, batch)
+        return value, graph
 
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
         self.objective.check_marks()
@@ -129,8 +141,8 @@ class Hessian(SymmetricOperator):
             if index in self._graphs:
                 graph, scale = self._graphs[index]
             else:
-                value = self.objective.evaluate(index, batch)
-                graph, scale = GradientGraph(value.loss, params), value.scale
+                value, graph = self._graph(batch, index)
+                scale = value.scale
                 if first:
                     total += 0.0 if value.count is None else value.count
                     unused &= set(graph.unused)

@@ -9,7 +9,7 @@ other Ritz value, which stands in for the unknown nearest other eigenvalue: rigo
 *Index.* No bound tells that theta_k belongs to lambda_k: a start vector weak in one eigenvector meets every bound while that
 eigenvalue is missing. On the power-law spectrum at tol 1e-2 the bounds alone returned a wrong list for 24 of 200 starts; with value
 bounds of 1e-4 and a list unmoved for three steps still for 4 of 1,000; with the test of the start vector below for none.
-*Start vector.* For A u = lambda u, multiply A V' = V'T + beta_m v_{m+1} e_m' by u': y = V u solves y'(lambda - T) = beta_m (u'v_{m+1}) e_m',
+*Start vector.* For A u = lambda u, multiply A V' = V'T + beta_m v_{m+1} e_m' by u': y = V u has y'(lambda - T) = beta_m (u'v_{m+1}) e_m',
 so |u'v_1| <= beta_m |e_m'(lambda - T)^-1 e_1| = prod_j beta_j / prod_j |lambda - theta_j|. A random v_1 has u'v_1 ~ N(0, 1/n), so an
 eigenvalue at lambda is missing with a probability of at most 0.8 sqrt(n) times that quotient. Between two Ritz values it is largest
 at their sides, so it is asked for at 1 % from every listed one. That is no proof: theta_k <= lambda_k holds always, equality only
@@ -111,8 +111,8 @@ class StopRule:
     along it is below 1 % of the typical size. After a breakdown the finished blocks have residual zero and satisfy (1) to (3)
     by themselves, so the last block, started from a random vector of the complement, is asked:
 
-    - still open: (3) starts anew, (4) is asked of its own start, and (5) its best *unlisted* value is settled, bound <= max(a tenth of its distance to the list,
-      min(tol, 1e-4) |theta|, floor), so that nothing of the complement is on its way into the list;
+    - still open: (3) starts anew, (4) is asked of its own start, and (5) its best *unlisted* value is settled, bound <= max(a tenth
+      of its distance to the list, min(tol, 1e-4) |theta|, floor), so that nothing of the complement is on its way into the list;
     - closed by a breakdown: the block holds each distinct eigenvalue of the complement once, and whatever is left holds no others.
       Stop if its best value is no better than the k-th of the list (another copy could not change the list); else restart.
       A block closed at its first step means that the complement is theta I.

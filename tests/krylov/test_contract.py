@@ -41,9 +41,6 @@ def product_operator() -> CountingOperator:
     return CountingOperator(CallableOperator(lambda v: A @ v, 200, F64))
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["auto", "lanczos", "dense"])
 def test_D1_k_above_n_raises_and_names_both(method: str) -> None:
     with pytest.raises(InputError, match=r"k = 30 .* n = 18"):
@@ -100,9 +97,6 @@ def test_a_bad_argument_is_named_before_any_product(arguments: dict[str, Any], e
     with pytest.raises(error, match=match):
         lanczos(counted, **arguments)
     assert counted.count == 0
-
-
-# --- budgets --------------------------------------------------------------------------------------------------------
 
 
 def test_P10_not_converged_warns_at_the_callers_line_with_labelled_pairs() -> None:
@@ -236,7 +230,7 @@ class Recorded(SymmetricOperator):
 def test_a_result_carries_the_operators_record_then_the_requests(method: str) -> None:
     result = lanczos(Recorded(70, F64, torch.device("cpu")), k=2, method=method, seed=3)
     assert result.layout == "a layout" and result.provenance == {"model": "none"} and result.notes[0] == "a note"
-    assert list(result.settings)[0] == "reduction" and result.settings["k"] == 2 and result.settings["seed"] == 3
+    assert next(iter(result.settings)) == "reduction" and result.settings["k"] == 2 and result.settings["seed"] == 3
     assert abs(result.settings["norm"] - 2.0) <= 4 * torch.finfo(F64).eps
     assert {"restarts", "breakdowns", "second_passes", "probe_products", "tol", "criterion"} <= set(result.settings)
 

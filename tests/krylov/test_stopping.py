@@ -64,9 +64,9 @@ def test_targets_admit_rounding_and_say_so() -> None:
 # --- guards: a state that is let through, and the same state with one thing wrong ------------------------------------
 
 
-def block(coupling: float = 1e-6, start: int = 0) -> Block:
+def block(coupling: float) -> Block:
     """T with the listed values and a bulk at 1, all but decoupled: a missing eigenvalue would need a tiny start component."""
-    return Block(start, alpha=[10.0, 8.0, 5.0, 1.0], beta=[coupling] * 4)
+    return Block(0, alpha=[10.0, 8.0, 5.0, 1.0], beta=[coupling] * 4)
 
 
 def steps(
@@ -82,24 +82,24 @@ def rule(criterion: str = "value", tol: float = 1e-2) -> StopRule:
 
 
 def test_the_rule_stops_once_the_list_has_stood_still_for_three_steps() -> None:
-    assert steps(rule(), 5) == [False, False, False, True, True]
+    assert steps(rule(), [LISTED] * 5) == [False, False, False, True, True]
 
 
 def test_the_rule_goes_on_while_the_list_moves_by_more_than_1_percent() -> None:
     moving = [LISTED * vector(1, 1, 1 + 0.011 * (i % 2)) for i in range(8)]
     still = [LISTED * vector(1, 1, 1 + 0.009 * (i % 2)) for i in range(8)]
-    assert not any(steps(rule(), 8, lists=moving)) and any(steps(rule(), 8, lists=still))
+    assert not any(steps(rule(), moving)) and any(steps(rule(), still))
 
 
 @pytest.mark.parametrize("criterion", ["value", "residual"])
 def test_the_rule_asks_for_value_bounds_of_1e_4_however_loose_tol_is(criterion: str) -> None:
     """r^2 / gap = 1e-4 theta for the third value, whose gap is 3: r = 0.0387."""
-    assert not any(steps(rule(criterion, 0.5), 6, residual=0.0390))
-    assert any(steps(rule(criterion, 0.5), 6, residual=0.0385))
+    assert not any(steps(rule(criterion, 0.5), [LISTED] * 6, residual=0.0390))
+    assert any(steps(rule(criterion, 0.5), [LISTED] * 6, residual=0.0385))
 
 
 def test_the_rule_goes_on_while_a_missing_eigenvalue_needs_no_unlikely_start() -> None:
-    assert not any(steps(rule(), 6, b=block(coupling=3.0)))
+    assert not any(steps(rule(), [LISTED] * 6, coupling=3.0))
 
 
 def test_the_rule_asks_more_of_a_start_that_is_mostly_given() -> None:

@@ -20,7 +20,7 @@ from tests.tolerance import assert_close
 
 REFERENCE = _registry.available()["reference"]
 assert isinstance(REFERENCE, _registry.Backend)
-TILE = 4096
+TILE = 2048
 
 
 def alpha_in_float32(v: Tensor, w: Tensor, out: Tensor) -> None:
