@@ -58,6 +58,14 @@ def test_start_vector_orthogonal_to_the_top_hides_nothing(hidden: int, dtype: to
         assert np.abs(result.eigenvalues.numpy() - OUTLIERS[:5]).max() <= float(result.residuals.max()) + 2 * unit(case, dtype)
 
 
+def test_a_start_vector_without_any_trace_of_the_top_still_finds_it() -> None:
+    """Diagonal, so that no rounding ever mixes the top in: only the random part that `lanczos` adds does."""
+    v0 = torch.ones(N, dtype=torch.float64)
+    v0[0] = 0.0
+    result = lanczos(DenseOperator(torch.diag(torch.from_numpy(OUTLIERS))), v0=v0, method="lanczos", tol=1e-6)
+    assert np.abs(result.eigenvalues.numpy() - OUTLIERS[:5]).max() <= 1e-6 * 100
+
+
 def test_the_recurrence_restarts_beside_an_exactly_invariant_start() -> None:
     """Without the random part of v0: e_1 of a diagonal matrix closes the space at once, the next block finds the rest."""
     d = torch.tensor([3.0, 7.0, 5.0, 1.0, 2.0], dtype=torch.float64)

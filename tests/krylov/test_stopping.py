@@ -69,12 +69,10 @@ def block(coupling: float) -> Block:
     return Block(0, alpha=[10.0, 8.0, 5.0, 1.0], beta=[coupling] * 4)
 
 
-def steps(
-    rule: StopRule, count: int, residual: float = 1e-6, lists: list[torch.Tensor] | None = None, b: Block | None = None
-) -> list[bool]:
-    lists = lists or [LISTED] * count
-    theta = [torch.cat([values, vector(1.0)]) for values in lists]
-    return [rule(t, torch.full((4,), residual, dtype=F64), [b or block()], 10.0) for t in theta]
+def steps(rule: StopRule, lists: list[torch.Tensor], residual: float = 1e-6, coupling: float = 1e-6) -> list[bool]:
+    """What the rule says after each step; one list of wanted values per step."""
+    r = torch.full((4,), residual, dtype=F64)
+    return [rule(torch.cat([values, vector(1.0)]), r, [block(coupling)], 10.0) for values in lists]
 
 
 def rule(criterion: str = "value", tol: float = 1e-2) -> StopRule:
@@ -100,6 +98,16 @@ def test_the_rule_asks_for_value_bounds_of_1e_4_however_loose_tol_is(criterion: 
 
 def test_the_rule_goes_on_while_a_missing_eigenvalue_needs_no_unlikely_start() -> None:
     assert not any(steps(rule(), [LISTED] * 6, coupling=3.0))
+
+
+@pytest.mark.parametrize(("residual", "stops"), [(0.9, False), (0.05, True)])
+def test_after_a_breakdown_the_complements_best_value_must_be_settled(residual: float, stops: bool) -> None:
+    """The second block's 4 lies 1 below the list and 3.9 above its next: r^2 / gap must fall below a tenth of the distance to the list."""
+    first = Block(0, alpha=[10.0, 8.0, 5.0], beta=[1e-9] * 3, closed=True)
+    second = Block(3, alpha=[4.0, 0.1], beta=[1e-6] * 2)
+    theta, r = torch.cat([LISTED, vector(4.0, 0.1)]), vector(0, 0, 0, residual, residual)
+    asked = rule()
+    assert any([asked(theta, r, [first, second], 10.0) for _ in range(6)]) is stops
 
 
 def test_the_rule_asks_more_of_a_start_that_is_mostly_given() -> None:
@@ -139,7 +147,7 @@ def test_start_component_along_any_eigenvector_is_bounded_by_the_quotient_of_pro
 def test_expected_products_follow_the_fall_of_the_error_and_never_pass_the_budget() -> None:
     asked = rule()
     for i in range(8):
-        asked(torch.cat([LISTED, vector(1.0)]), torch.full((4,), 10.0 ** (2 - i / 4), dtype=F64), [block()], 10.0)
+        asked(torch.cat([LISTED, vector(1.0)]), torch.full((4,), 10.0 ** (2 - i / 4), dtype=F64), [block(1e-6)], 10.0)
         assert i + 1 <= asked.expected(i + 1, 300) <= 300
     assert asked.expected(8, 300) < 40
 
