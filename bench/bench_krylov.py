@@ -1,7 +1,7 @@
 """alpha, dots, update against the read stream of the machine and against torch's mv and addmv.
 
     pytest bench/bench_krylov.py -s              one table per size, and rows in bench/results/krylov.jsonl
-    FASTSHARP_BENCH_N=1000000 pytest ...         another size
+    FASTSHARP_BENCH_N=1e6 pytest ...             other sizes, comma-separated; FASTSHARP_BENCH_REPS: rounds (9)
 
 Target: dots and update at n = 1e7, j = 50, float32 reach 80 % of the measured read stream. Absolute times are nobody's business:
 ratios within one interleaved run are.
@@ -20,18 +20,18 @@ from fastsharp.ops import _registry, alpha, dots, update
 from tests.ops.cases import case, check_alpha, check_dots, check_update
 
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-N = int(float(os.environ.get("FASTSHARP_BENCH_N", "1e7")))
+SIZES = [int(float(n)) for n in os.environ.get("FASTSHARP_BENCH_N", "1e6,1e7").split(",")]
 REPS = int(os.environ.get("FASTSHARP_BENCH_REPS", "9"))
 TARGET_PCT = 80
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("j", [1, 10, 50])
-def test_bandwidth(benchmark: Any, j: int, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("j", [20, 50])
+@pytest.mark.parametrize("n", SIZES)
+def test_bandwidth(benchmark: Any, n: int, j: int, dtype: torch.dtype, device: torch.device) -> None:
     for check in (check_alpha, check_dots, check_update):
         check(case(min(j, 7), 10007, dtype, pad=5, device=device))
-    n = N if dtype == torch.float32 else N // 2
     basis = torch.empty(j + 1, n, dtype=dtype, device=device).normal_()
     V, w, size = basis[:j], basis[j], basis.element_size()
     ab = torch.tensor([1e-3, 2e-3], dtype=torch.float64, device=device)

@@ -23,11 +23,10 @@ namespace fastsharp::cpu {
 
 namespace {
 
-constexpr i64 kChunk = 256;    // elements summed in T
-constexpr i64 kTile = 2048;    // elements of w kept in cache while the rows of V stream past
-constexpr i64 kSlabs = 1024;   // tasks at most
-constexpr int kRows = 4;       // rows of V per load of w in dots
-constexpr int kUpdateRows = 8; // rows of V per pass over the accumulator in update
+constexpr i64 kChunk = 256;  // elements summed in T
+constexpr i64 kTile = 1024;  // elements of w kept in cache while the rows of V stream past
+constexpr i64 kSlabs = 1024; // tasks at most
+constexpr int kRows = 4;     // rows of V per load of w or of the accumulator
 
 template <class T> struct Tiles {
     double (*alpha)(const T*, const T*, i64);

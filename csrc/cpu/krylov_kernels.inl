@@ -170,9 +170,9 @@ template <class T> FS_TARGET double update_tile(const T* V, i64 ldv, T* w, const
     for (i64 k = 0; k < n; ++k)
         acc[k] = static_cast<double>(w[k]);
     i64 r = 0;
-    for (; r + kUpdateRows <= j; r += kUpdateRows) {
-        const T* next = r + 2 * kUpdateRows <= j ? V + (r + kUpdateRows) * ldv : V + kTile;
-        update_rows<kUpdateRows>(V + r * ldv, ldv, c + r, acc, n, next);
+    for (; r + kRows <= j; r += kRows) {
+        const T* next = r + 2 * kRows <= j ? V + (r + kRows) * ldv : V + kTile;
+        update_rows<kRows>(V + r * ldv, ldv, c + r, acc, n, next);
     }
     for (; r < j; ++r)
         update_rows<1>(V + r * ldv, ldv, c + r, acc, n, V + (r + 1) * ldv);

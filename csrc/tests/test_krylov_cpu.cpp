@@ -66,8 +66,8 @@ int main() {
             std::printf("%s: not on this CPU\n", level);
             continue;
         }
-        for (const i64 n : {1, 2, 7, 31, 255, 257, 2047, 2049, 12289, 20011}) {
-            for (const i64 j : {1, 2, 3, 4, 8, 17, 50}) {
+        for (const i64 n : {1, 2, 7, 31, 255, 257, 1023, 1025, 12289, 20011}) {
+            for (const i64 j : {1, 2, 3, 4, 5, 9, 50}) {
                 check<float>(j, n, n + 3);
                 check<double>(j, n, n);
             }

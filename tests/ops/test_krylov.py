@@ -17,7 +17,7 @@ from tests.ops.cases import DTYPES, VARIANTS, Case, case, check_alpha, check_dot
 from tests.tolerance import assert_close, eps, exact
 
 # One element, one chunk and its neighbours, one tile and its neighbours, a prime above two tiles.
-SIZES = (1, 2, 3, 31, 255, 256, 257, 2047, 2048, 2049, 10007)
+SIZES = (1, 2, 3, 31, 255, 256, 257, 1023, 1024, 1025, 10007)
 ROWS = (1, 2, 3, 4, 5, 50)
 
 

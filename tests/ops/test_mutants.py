@@ -20,7 +20,7 @@ from tests.tolerance import assert_close
 
 REFERENCE = _registry.available()["reference"]
 assert isinstance(REFERENCE, _registry.Backend)
-TILE = 2048
+TILE = 1024
 
 
 def alpha_in_float32(v: Tensor, w: Tensor, out: Tensor) -> None:
@@ -65,6 +65,16 @@ def dots_with_the_norm_instead_of_its_square(V: Tensor, w: Tensor, ab: Tensor, o
     out[-1] = out[-1].sqrt()
 
 
+def dots_with_the_square_in_float32(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
+    truth.dots(V, w, ab, out)
+    out[-1] = w @ w
+
+
+def dots_divided_by_the_norm(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
+    truth.dots(V, w, ab, out)
+    out[:-1] /= out[-1].sqrt()
+
+
 def dots_that_leave_the_last_slot(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
     last = out[-1].clone()
     truth.dots(V, w, ab, out)
@@ -90,6 +100,11 @@ def update_with_the_old_square(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> 
     out[0] = old
 
 
+def update_with_the_square_in_float32(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
+    truth.update(V, w, c, out)
+    out[0] = w @ w
+
+
 def update_with_coefficients_rounded_to_half(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
     truth.update(V, w, c.bfloat16().double(), out)
 
@@ -111,6 +126,8 @@ MUTANTS: list[tuple[str, Callable[..., None], Callable[[Case], None]]] = [
             dots_without_last_tile,
             dots_accumulated_in_half_precision,
             dots_with_the_norm_instead_of_its_square,
+            dots_with_the_square_in_float32,
+            dots_divided_by_the_norm,
             dots_that_leave_the_last_slot,
             dots_that_write_back_unrounded_sums_only,
         )
@@ -121,6 +138,7 @@ MUTANTS: list[tuple[str, Callable[..., None], Callable[[Case], None]]] = [
             update_with_wrong_sign,
             update_without_last_row,
             update_with_the_old_square,
+            update_with_the_square_in_float32,
             update_with_coefficients_rounded_to_half,
             update_without_tail,
         )
@@ -135,6 +153,22 @@ def test_a_wrong_kernel_is_caught(op: str, mutant: Callable[..., None], check: C
         check(k.copy())  # the truth passes on this very case
     changed: Any = {op: mutant}
     with force(replace(REFERENCE, name="mutant", **changed)), pytest.raises(AssertionError):
+        check(k.copy())
+
+
+@pytest.mark.parametrize("check", [check_alpha, check_dots, check_update])
+def test_a_sum_that_overflows_float32_is_caught(check: Callable[[Case], None]) -> None:
+    k = case(5, 300, torch.float32, scale=1e30)
+    wrong = replace(
+        REFERENCE,
+        name="mutant",
+        alpha=lambda v, w, out: alpha_in_float32(v * 1e30, w, out),
+        dots=dots_with_the_square_in_float32,
+        update=update_with_the_square_in_float32,
+    )
+    with force(REFERENCE):
+        check(k.copy())
+    with force(wrong), pytest.raises(AssertionError):
         check(k.copy())
 
 
