@@ -314,5 +314,5 @@ def _parse_bytes(text: str) -> int:
     unit = digits.lstrip("0123456789.").strip()
     try:
         return int(float(digits[: len(digits) - len(unit)].strip()) * units[unit or "b"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise InputError(f"memory={text!r} is not a size. Write '2GiB', '500MB' or a number of bytes.") from None

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,17 +58,17 @@ def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator
             return best, False
     chosen = double.hardest(_CANDIDATES)
     rungs = []
-    for i, shrink in enumerate(_LADDER):
+    for shrink in _LADDER:
         found = _error(double, beside, v, _STEP * size * shrink, lambda: double.limit(1, chosen))
         if found is not None:
-            rungs.append((i, found))
+            rungs.append(found)
             if found[0] <= DIFFERENCE_GATE:
                 return found[0], False
     if rungs:
-        i, (lowest, E) = min(rungs, key=lambda rung: rung[1][0])
-        neighbours = [found[1] for j, found in rungs if abs(j - i) == 1]
-        if any(float((E - other).norm()) <= _AGREE * float(E.norm()) for other in neighbours):
-            return lowest, True
+        lowest = min(share for share, _ in rungs)
+        flat = [max(a, b) for (a, E), (b, F) in pairwise(rungs) if float((E - F).norm()) <= _AGREE * float(E.norm())]
+        if flat and min(flat) <= 2 * lowest:  # at smaller steps rounding joins in
+            return min(flat), True
         best = min(best, lowest)
     return best, False
 

@@ -76,6 +76,11 @@ class Modes:
             notes.append(f"Dropout: {self.dropout}")
         return notes
 
+    def flags(self) -> dict[str, tuple[int, int]]:
+        """{what is said of a module: its mode}, for the modules that do something else in the other mode."""
+        kinds = (_BatchNorm, _DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+        return {f"the mode of {name or 'the model'}": (m.training, 0) for name, m in self.model.named_modules() if isinstance(m, kinds)}
+
     def by_batch(self) -> bool:
         """Whether the function evaluated depends on how samples are grouped into batches."""
         frozen = self.bn == "frozen-batch-stats" and any(True for _ in self._norms())
@@ -155,8 +160,11 @@ class Modes:
 
 
 @contextmanager
-def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Switch to twice differentiable evaluation, and put every flag, buffer and RNG state back on the way out."""
+def untouched(model: nn.Module, device: torch.device, *, by_value: bool = False) -> Iterator[None]:
+    """Switch to twice differentiable evaluation, and put every flag, buffer and RNG state back on the way out.
+
+    by_value   look for buffers that were written without a mark as well, at the cost of a comparison on the device
+    """
     with ExitStack() as stack:
         stack.enter_context(rng_restored(device))
         stack.enter_context(torch.inference_mode(False))
@@ -173,7 +181,7 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
             for name, b in m._buffers.items()
             if b is not None
         ]
-        stack.callback(_restore_buffers, held)
+        stack.callback(_restore_buffers, held, by_value)
         yield
 
 
@@ -195,6 +203,12 @@ def rng_restored(device: torch.device | None = None) -> Iterator[None]:
             numpy.random.set_state(numpy_state)  # 50 times the cost of a look at it
         if cuda is not None and cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state, cuda)
+
+
+def random_states(device: torch.device) -> tuple[bytes, ...]:
+    """torch's random states, on the CPU and on this device, as bytes to compare."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return tuple(state.numpy().tobytes() for state in states)
 
 
 def _differ(present: Any, saved: Any) -> bool:
@@ -237,13 +251,18 @@ def version_of(t: torch.Tensor) -> int:
     return -1 if t.is_inference() else int(t._version)
 
 
-def _restore_buffers(saved: list[tuple[dict[str, Any], str, torch.Tensor, int, torch.Tensor]]) -> None:
+def _restore_buffers(saved: list[tuple[dict[str, Any], str, torch.Tensor, int, torch.Tensor]], by_value: bool) -> None:
     with torch.no_grad():
         for holder, name, buffer, version, value in saved:
             if holder.get(name) is not buffer:
                 holder[name] = buffer
-            if version_of(buffer) != version:
+            if version_of(buffer) != version or (by_value and not same_values(buffer, value)):
                 buffer.copy_(value)
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are equal, NaN to NaN; torch's batch_norm writes its running statistics without a mark."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def marks(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[int, int]]:

@@ -264,6 +264,8 @@ def _declared(loss_fn: Any) -> str:
         return "mean" if own == "batchmean" else own
     if isinstance(loss_fn, functools.partial) and isinstance(loss_fn.keywords.get("reduction"), str):
         return str(loss_fn.keywords["reduction"])
+    if isinstance(loss_fn, functools.partial) and isinstance(loss_fn.func, nn.Module):
+        return _declared(loss_fn.func)
     if isinstance(loss_fn, (nn.Module, BatchLoss)):
         return "auto"
     try:

@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import Batches, Budget
 from fastsharp.errors import ArgumentTypeError, DisconnectedLossError, InputError, ModelModeError, StaleOperatorError
-from fastsharp.guard import Modes, marks, untouched
+from fastsharp.guard import Modes, marks, same_values, untouched
 from fastsharp.locate import non_finite_loss
 from fastsharp.losses import Loss, Value
-from fastsharp.params import Selection, Selector, select
+from fastsharp.params import Selection, Selector, again, select
 
 _CHUNK = 1 << 20  # elements of a checksum taken at once
 _ODD = 6_364_136_223_846_793_005  # any odd number with no pattern in its bits
@@ -98,9 +98,9 @@ class Objective:
             return self.loss(batch)
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
+    def quiet(self, *, by_value: bool = False) -> Iterator[None]:
         """Twice differentiable evaluation; everything of the caller's is restored on the way out."""
-        with untouched(self.model, self.device):
+        with untouched(self.model, self.device, by_value=by_value):
             yield
 
     def notes(self) -> list[str]:
@@ -139,12 +139,14 @@ class Objective:
 
     def record_weights(self) -> None:
         """Take the present weights and buffers as the point at which derivatives are taken."""
+        self.selection = again(self.model, self.selection)  # a parameter may have been replaced by another object
+        self.modes.check()
         self.modes.clear()
         self._marks = self._present_marks()
         self._sums = self._present_sums()
 
     def check_marks(self) -> None:
-        """StaleOperatorError if a parameter or buffer was replaced or written since; costs no device work."""
+        """StaleOperatorError if a parameter or buffer was replaced or written, or a mode switched, since; no device work."""
         present = self._present_marks()
         if present != self._marks:
             changed = [name for name in self._marks if present.get(name) != self._marks[name]]
@@ -164,14 +166,15 @@ class Objective:
         yield from self.model.named_buffers()
 
     def _present_marks(self) -> dict[str, tuple[int, int]]:
-        return marks(self._state())
+        return marks(self._state()) | self.modes.flags()
 
     def _present_sums(self) -> dict[str, tuple[int, int]]:
         return {name: _bit_sums(t) for name, t in self._state()}
 
     def mask_seed(self, key: Any) -> int:
         """Seed of the dropout masks of the batch called `key`."""
-        return self.seed * 4_294_967_296 + zlib.crc32(repr(key).encode())  # not hash(): that of a str differs between processes
+        # 32 bits, since torch's CPU generator ignores the others; not hash(): that of a str differs between processes
+        return zlib.crc32(repr((self.seed, key)).encode())
 
     def _once(self, batch: Any) -> Value:
         """One evaluation of the whole first batch, or of a part of it by the recorded statistics of the whole."""
@@ -181,10 +184,13 @@ class Objective:
     def _check_buffers(self) -> None:
         """The forward pass must leave buffers alone, or each product would see another function."""
         before = marks(self.model.named_buffers())
-        with self.quiet(), torch.no_grad(), _AttentionSeen() as seen:
+        with self.quiet(by_value=True), torch.no_grad(), _AttentionSeen() as seen:
+            held = {name: b.detach().clone() for name, b in self.model.named_buffers()}
             self.evaluate_unchecked(0, self.batches.first())
-            after = marks(self.model.named_buffers())
-            changed = [name for name in after if after[name] != before.get(name)]
+            after = dict(self.model.named_buffers())
+            changed = [
+                name for name, mark in marks(after.items()).items() if mark != before.get(name) or not same_values(after[name], held[name])
+            ]
         self._uses_attention = seen.found
         if changed:
             raise ModelModeError(

@@ -102,6 +102,18 @@ def select(model: nn.Module, params: Selector = None) -> Selection:
     return Selection(tuple(chosen), tuple(tensors), ParamLayout.of(chosen, tensors), frozen, tied)
 
 
+def again(model: nn.Module, before: Selection) -> Selection:
+    """The same parameters by name, as they are now; ParamError where names, shapes, dtype or device are no longer the same."""
+    known = set(before.names) | set(before.frozen)
+    now = select(model, lambda name, p: name in known)
+    if (now.layout, now.dtype, now.device) != (before.layout, before.dtype, before.device):
+        raise ParamError(
+            "the chosen parameters are no longer those of the operator: names, shapes, requires_grad, dtype or device have changed.\n"
+            "Build a new operator."
+        )
+    return now
+
+
 def _unique(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """{first name: parameter} and {every name: first name}."""
     first: dict[int, str] = {}

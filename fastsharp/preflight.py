@@ -2,6 +2,7 @@
 
 Note on numerical properties. The gates were set between healthy networks and planted faults:
   repeat     two products from graphs built anew: bitwise on the CPU, 64 eps elsewhere; healthy 0, weakest fault 1.6e-4
+             A model that moves torch's random state is evaluated 32 times more: a rare mask is missed by one repetition
   symmetry   |u'Hv - v'Hu| <= 16 eps ||u|| ||Hv||: healthy <= 0.5 eps; |u'Hv| below the line would raise false alarms,
              since it is small by chance. A network trained to a loss near zero lives on 1 - p for p near 1, which rounding
              spoils: 250 eps at a loss of 1e-5. Where the finite difference finds the float64 product right, that is what it is
@@ -31,10 +32,12 @@ from fastsharp.errors import (
     NotSymmetricError,
     UnstableDataWarning,
 )
+from fastsharp.guard import random_states
 
 LEVELS = ("full", "fast", "off")
 REPEAT_GATE = 64.0  # eps, where the device is not bitwise repeatable
 SYMMETRY_GATE = 16.0  # eps
+_DRAWS = 32  # evaluations of a loss that draws random numbers: a mask that drops 1 in 100 of 24 units shows with 1 - 5e-4
 UNDECIDED = 1e-3  # of ||Hv||: a mismatch below it is small even if it were a fault
 ROUNDING_NOTE = 1e-4  # of ||Hv||, a tenth of the default tolerance
 ROUNDING_GATE = 0.1  # beyond it not even the first digit is right
@@ -108,7 +111,10 @@ def _check_products(hessian: Hessian, index: int, batch: Any, generator: torch.G
     """Graph walk, repeatability and the symmetry defect of the products of one batch."""
     eps = torch.finfo(hessian.dtype).eps
     V = torch.randn(3, hessian.n, generator=generator, dtype=torch.float64).to(hessian.dtype).to(hessian.device)
+    before = random_states(hessian.device)
     graph, _ = hessian.minibatch_graph(batch, index)
+    if random_states(hessian.device) != before and hessian.objective.modes.dropout != "fixed-masks":
+        _check_draws(hessian, index, batch)
     graph.check_twice_differentiable()
     HV = torch.stack([_flat_product(hessian, graph, v) for v in V])
     again = _flat_product(hessian, hessian.minibatch_graph(batch, index)[0], V[0])
@@ -124,6 +130,17 @@ def _check_products(hessian: Hessian, index: int, batch: Any, generator: torch.G
     cross, room = U @ W.T, torch.outer(U.norm(dim=1), W.norm(dim=1))
     defect = float(((cross - cross.T).abs() / torch.maximum(room, room.T).clamp_min(torch.finfo(torch.float64).tiny)).max())
     return {"repeat": repeat, "symmetry": defect}
+
+
+def _check_draws(hessian: Hessian, index: int, batch: Any) -> None:
+    """A model that draws random numbers may do so to no effect; a rare effect is missed by one repeated product."""
+    with torch.no_grad():
+        losses = {float(hessian.objective.evaluate_unchecked(index, batch).loss) for _ in range(_DRAWS)}
+    if len(losses) > 1:
+        raise NondeterministicOperatorError(
+            f"the loss of batch {index} took {len(losses)} values in {_DRAWS} evaluations with the same weights: the model or loss is random.\n"
+            "Look for dropout called as a function, noise layers or sampling; call model.eval() or remove it."
+        )
 
 
 def _check_symmetry(hessian: Hessian, measured: dict[str, Any]) -> None:

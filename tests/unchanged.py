@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import sympy  # noqa: F401  (torch imports it on first use, and it adds a warnings filter of its own)
 import torch
 from torch import nn
 

@@ -70,7 +70,7 @@ class GradientGraph:
     def not_twice_differentiable(self) -> DoubleBackwardError:
         """The error for such a graph, with the names of the Functions that can be meant."""
         custom = [node for node in _walk([self._loss_node]) if hasattr(node, "_forward_cls")]
-        marked = [node for node in custom if "once_differentiable" in _qualified_name(node._forward_cls.backward)]
+        marked = [node for node in custom if _qualified_name(node._forward_cls.backward).startswith("once_differentiable")]
         names = ", ".join(dict.fromkeys(node._forward_cls.__name__ for node in (marked or custom))) or "a custom autograd.Function"
         return DoubleBackwardError(
             f"{names} has no second derivative: its backward is marked @once_differentiable.\n"
