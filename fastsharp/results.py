@@ -21,7 +21,7 @@ class Eigenpairs:
     eigenvalues: torch.Tensor  # (k,) float64 on the host, descending (by modulus for which="LM")
     eigenvectors: torch.Tensor  # (k, n) rows of unit norm, in the operator's dtype and on its device
     residuals: torch.Tensor  # (k,) float64, ||Hv - lambda v||: true ones if `verified`, else the recurrence's estimate
-    error_bounds: torch.Tensor  # (k,) float64, min(r, r^2/gap) >= |lambda - nearest eigenvalue|; gap to the other Ritz values
+    error_bounds: torch.Tensor  # (k,) float64 bounds of the values' errors: min(r, r^2/gap) >= 8 eps ||H||; r if the list did not settle
     converged: torch.Tensor  # (k,) bool
     verified: bool  # residuals come from products made for this purpose
     n_matvec: int  # Krylov products
