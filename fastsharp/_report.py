@@ -76,7 +76,9 @@ def _preflight(outcome: Any) -> str:
         return str(outcome)
     if outcome.get("level") == "off":
         return "off: unchecked"
-    measured = [f"{k.replace('_', ' ')} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in outcome.items() if k != "level" and v != ()]
+    measured = [
+        f"{k.replace('_', ' ')} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in outcome.items() if k != "level" and v != ()
+    ]
     return f"passed ({outcome.get('level')}): {', '.join(measured)}"
 
 
