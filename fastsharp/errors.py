@@ -6,10 +6,17 @@ A message names the object (module, parameter, batch, file), the cause and one t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastsharp.results import Eigenpairs
+
+
+def listing(items: Sequence[str], most: int = 6) -> str:
+    """The first few items, and how many more: how messages list names."""
+    shown = ", ".join(items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 
 class FastsharpError(Exception):

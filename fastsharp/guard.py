@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastsharp.errors import InputError, ModelModeError
+from fastsharp.errors import InputError, ModelModeError, listing
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 BN_CHOICES = (None, "eval", "frozen-batch-stats")
@@ -160,10 +160,11 @@ class Modes:
 
 
 @contextmanager
-def untouched(model: nn.Module, device: torch.device, *, by_value: bool = False) -> Iterator[None]:
+def untouched(model: nn.Module, device: torch.device, *, by_value: bool = False, forward: bool = True) -> Iterator[None]:
     """Switch to twice differentiable evaluation, and put every flag, buffer and RNG state back on the way out.
 
     by_value   look for buffers that were written without a mark as well, at the cost of a comparison on the device
+    forward    False where the model itself will not run, as with kept graphs: then no copies of its buffers are made
     """
     with ExitStack() as stack:
         stack.enter_context(rng_restored(device))
@@ -177,7 +178,7 @@ def untouched(model: nn.Module, device: torch.device, *, by_value: bool = False)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         held = [
             (m._buffers, name, b, version_of(b), b.detach().clone())
-            for m in model.modules()
+            for m in (model.modules() if forward else ())
             for name, b in m._buffers.items()
             if b is not None
         ]
@@ -270,6 +271,5 @@ def marks(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[int, i
     return {name: (t.data_ptr(), version_of(t)) for name, t in tensors}
 
 
-def _names(names: list[str], most: int = 6) -> str:
-    shown = ", ".join(repr(name) if name else "the model itself" for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _names(names: list[str]) -> str:
+    return listing([repr(name) if name else "the model itself" for name in names])

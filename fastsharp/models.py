@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastsharp.errors import DataFormatError, DataNotFoundError, InputError
+from fastsharp.errors import DataFormatError, DataNotFoundError, InputError, listing
 
 
 def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -134,7 +134,7 @@ def _check_keys(model: nn.Module, given: dict[str, torch.Tensor], path: Path) ->
     faults = []
     for label, keys in (("missing", wanted.keys() - given.keys()), ("unexpected", given.keys() - wanted.keys())):
         if keys:
-            faults.append(f"{label}: {_some(sorted(keys))}")
+            faults.append(f"{label}: {listing(sorted(keys), 5)}")
     both = sorted(wanted.keys() & given.keys())
     shapes = [f"{k} {tuple(given[k].shape)} for {tuple(wanted[k].shape)}" for k in both if given[k].shape != wanted[k].shape]
     dtypes = [
@@ -142,11 +142,7 @@ def _check_keys(model: nn.Module, given: dict[str, torch.Tensor], path: Path) ->
         for k in both
         if torch.promote_types(given[k].dtype, wanted[k].dtype) != wanted[k].dtype
     ]
-    faults += [f"{label}: {_some(v)}" for label, v in (("wrong shape", shapes), ("would lose precision", dtypes)) if v]
+    faults += [f"{label}: {listing(v, 5)}" for label, v in (("wrong shape", shapes), ("would lose precision", dtypes)) if v]
     if faults:
-        listing = "\n  ".join(faults)
-        raise InputError(f"{path} does not fit {type(model).__name__}:\n  {listing}\nGive the weights of this very architecture.")
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        lines = "\n  ".join(faults)
+        raise InputError(f"{path} does not fit {type(model).__name__}:\n  {lines}\nGive the weights of this very architecture.")

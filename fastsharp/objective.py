@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import Batches, Budget
-from fastsharp.errors import ArgumentTypeError, DisconnectedLossError, InputError, ModelModeError, StaleOperatorError
+from fastsharp.errors import ArgumentTypeError, DisconnectedLossError, InputError, ModelModeError, StaleOperatorError, listing
 from fastsharp.guard import Modes, marks, same_values, untouched
 from fastsharp.locate import non_finite_loss
 from fastsharp.losses import Loss, Value
@@ -98,9 +98,9 @@ class Objective:
             return self.loss(batch)
 
     @contextmanager
-    def quiet(self, *, by_value: bool = False) -> Iterator[None]:
-        """Twice differentiable evaluation; everything of the caller's is restored on the way out."""
-        with untouched(self.model, self.device, by_value=by_value):
+    def quiet(self, *, by_value: bool = False, forward: bool = True) -> Iterator[None]:
+        """Twice differentiable evaluation; everything of the caller's is restored on the way out. See `guard.untouched`."""
+        with untouched(self.model, self.device, by_value=by_value, forward=forward):
             yield
 
     def notes(self) -> list[str]:
@@ -211,9 +211,8 @@ class _AttentionSeen(TorchFunctionMode):
 
 
 def _stale(changed: list[str]) -> StaleOperatorError:
-    shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
     return StaleOperatorError(
-        f"changed since the operator was built: {shown}.\n"
+        f"changed since the operator was built: {listing(changed, 4)}.\n"
         "An operator is the Hessian at the weights of its construction. Call operator.refresh(), or build a new one."
     )
 

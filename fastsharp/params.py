@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from fastsharp.errors import ArgumentTypeError, DeviceError, DtypeError, NoParametersError, ParamError
+from fastsharp.errors import ArgumentTypeError, DeviceError, DtypeError, NoParametersError, ParamError, listing
 
 Selector = str | Iterable[str] | Callable[[str, torch.Tensor], bool] | None
 
@@ -69,9 +69,9 @@ class Selection:
         """What a result must say about the choice."""
         notes = []
         if self.frozen:
-            notes.append(f"frozen parameters left out: {_some(self.frozen)}")
+            notes.append(f"frozen parameters left out: {listing(self.frozen)}")
         if self.tied:
-            notes.append("tied parameters counted once: " + _some([f"{alias} = {name}" for alias, name in self.tied]))
+            notes.append("tied parameters counted once: " + listing([f"{alias} = {name}" for alias, name in self.tied]))
         return notes
 
 
@@ -148,7 +148,7 @@ def _wanted(names: dict[str, torch.Tensor], aliases: dict[str, str], params: Sel
 
 def _nonempty(matched: list[str], complaint: str, names: dict[str, torch.Tensor]) -> list[str]:
     if not matched:
-        raise ParamError(f"{complaint}. The model's parameters are {_some(list(names))}.")
+        raise ParamError(f"{complaint}. The model's parameters are {listing(list(names))}.")
     return matched
 
 
@@ -180,9 +180,3 @@ def _check_together(names: Sequence[str], params: Sequence[torch.Tensor]) -> Non
             raise DeviceError(
                 f"parameters {names[0]!r} ({first.device}) and {name!r} ({p.device}) are on different devices. Move the model to one device."
             )
-
-
-def _some(items: Sequence[str], most: int = 6) -> str:
-    """The first few, and how many more."""
-    shown = ", ".join(items[:most])
-    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from fastsharp.errors import DoubleBackwardError
 
@@ -22,10 +23,14 @@ class GradientGraph:
         self._params = params
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         self.unused = tuple(i for i, g in enumerate(grads) if g is None)
-        self.gradient = tuple(None if g is None else g.detach() for g in grads)
+        finite = torch.stack(
+            [torch.ones((), dtype=torch.bool, device=loss.device) if g is None else torch.isfinite(g).all() for g in grads]
+        )
+        self.not_finite = tuple(int(i) for i in (~finite).nonzero())
         self._loss_node = loss.grad_fn
         self._active = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self._outputs = [grads[i] for i in self._active]
+        # edges, not tensors: the values of g are not needed for products, and n numbers a batch would outweigh a small graph
+        self._outputs = [get_gradient_edge(g) for g in grads if g is not None and g.requires_grad]
 
     def product(self, tangent: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
         """H v for v given per parameter; None where the gradient does not depend on the parameters (H = 0)."""
@@ -59,7 +64,7 @@ class GradientGraph:
 
     def nodes(self) -> Iterator[Any]:
         """Every autograd node from which the gradient was computed."""
-        roots = [g.grad_fn for g in self._outputs if g is not None]
+        roots = [edge.node for edge in self._outputs]
         yield from _walk([*roots, self._loss_node])
 
     def check_twice_differentiable(self) -> None:

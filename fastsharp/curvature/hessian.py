@@ -58,8 +58,9 @@ class Hessian(SymmetricOperator):
         self._unused: tuple[str, ...] = ()
 
     def refresh(self) -> Hessian:
-        """Take the model's present weights; the data stay the frozen ones. Returns self."""
+        """Take the model's present weights; the data stay the frozen ones, the preflight runs anew before a solver. Returns self."""
         self.objective.record_weights()
+        self.preflight = {"level": "off"}
         self._reset()
         return self
 
@@ -106,21 +107,19 @@ class Hessian(SymmetricOperator):
     def _graph(self, batch: Any, index: int) -> tuple[Value, GradientGraph]:
         value = self.objective.evaluate(index, batch)
         graph = GradientGraph(value.loss, self.objective.selection.params)
-        finite = torch.stack([torch.isfinite(g).all() for g in graph.gradient if g is not None] or [torch.tensor(True)])
-        if not bool(finite.all()):  # a saturated unit hides an Inf in the data from the loss
-            names = zip(self.objective.selection.names, graph.gradient, strict=True)
-            bad = [name for name, g in names if g is not None and not bool(torch.isfinite(g).all())]
-            raise non_finite_gradient(bad, index, batch)
+        if graph.not_finite:  # a saturated unit hides an Inf in the data from the loss
+            raise non_finite_gradient([self.objective.selection.names[i] for i in graph.not_finite], index, batch)
         return value, graph
 
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
         self.objective.check_marks()
-        with self.objective.quiet():
+        kept = self._denominator is not None and self._all_kept
+        with self.objective.quiet(forward=not kept):
             # autograd takes no tensor made under inference_mode, and writing into one is refused outside of it
             total = torch.zeros_like(V) if out.is_inference() else out.zero_()
             tangents = [self.layout.views(v) for v in (V.clone() if V.is_inference() else V)]
             sums = [self.layout.views(o) for o in total]
-            if self._denominator is not None and self._all_kept:
+            if kept:
                 for graph, scale in self._graphs.values():
                     _accumulate(graph, scale, tangents, sums)
             else:

@@ -9,7 +9,7 @@ import torch
 from fastsharp.errors import NonFiniteError, NotSymmetricError
 from fastsharp.krylov.request import Request
 from fastsharp.krylov.rows import exponent, largest, scaled
-from fastsharp.krylov.stopping import Targets, floor, rounding, select, value_bounds
+from fastsharp.krylov.stopping import Targets, floor_note, rounding, select, value_bounds
 from fastsharp.operator import SymmetricOperator
 from fastsharp.results import Eigenpairs
 
@@ -55,7 +55,7 @@ def dense(operator: SymmetricOperator, request: Request) -> Eigenpairs:
     converged = targets.met(values, residuals, bounds, norm)
     notes = [f"all {n} products were taken and the matrix was decomposed in float64; residuals come from the assembled matrix"]
     if bool((converged & targets.by_floor(values, residuals, bounds)).any()):
-        notes.append(f"some pairs are converged by the rounding floor {math.ldexp(floor(eps, norm), shift):.2g} = 32 eps ||A||, not by tol")
+        notes.append(floor_note(eps, norm, shift))
     return Eigenpairs(
         eigenvalues=scaled(values, shift),
         eigenvectors=X,

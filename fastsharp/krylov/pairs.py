@@ -7,7 +7,7 @@ from typing import Any
 
 from fastsharp.krylov.request import Request
 from fastsharp.krylov.rows import combine, rayleigh, scale, scaled
-from fastsharp.krylov.stopping import Targets, floor, result_order, rounding, select, value_bounds
+from fastsharp.krylov.stopping import Targets, floor_note, result_order, rounding, select, value_bounds
 from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.results import Eigenpairs
 
@@ -77,6 +77,5 @@ def _notes(state: Tridiagonal, verify: bool, settled: bool, by_floor: bool, prob
     if not verify:
         notes.append("residuals are the recurrence's estimates, not verified by products")
     if by_floor:
-        smallest = math.ldexp(floor(state.eps, state.norm), state.shift or 0)
-        notes.append(f"some pairs are converged by the rounding floor {smallest:.2g} = 32 eps ||A||, not by tol")
+        notes.append(floor_note(state.eps, state.norm, state.shift or 0))
     return notes

@@ -44,6 +44,11 @@ def floor(eps: float, norm: float) -> float:
     return _FLOOR * eps * norm
 
 
+def floor_note(eps: float, norm: float, shift: int) -> str:
+    """What a result says where the floor decided; norm is in units of 2^shift."""
+    return f"some pairs are converged by the rounding floor {math.ldexp(floor(eps, norm), shift):.2g} = 32 eps ||A||, not by tol"
+
+
 def rounding(eps: float, norm: float) -> float:
     """8 eps ||H||: no error bound may be smaller, since the products themselves are not exact."""
     return _ROUNDING * eps * norm

@@ -82,3 +82,14 @@ def test_a_missing_derivative_is_named():
         loss = torch.nn.functional.scaled_dot_product_attention(w, w, w).square().sum()
     with pytest.raises(DoubleBackwardError, match="no second derivative here"):
         GradientGraph(loss, [w]).product([torch.ones_like(w)])
+
+
+def test_refresh_asks_for_a_new_preflight() -> None:
+    """An outcome measured at other weights must not be reported for these."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    operator = fastsharp.Hessian(model, (torch.randn(20, 6), torch.arange(20) % 3))
+    assert fastsharp.lanczos(operator, k=1).settings["preflight"]["level"] == "fast"
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert operator.refresh().preflight["level"] == "off"
+    assert fastsharp.lanczos(operator, k=1, preflight="full").settings["preflight"]["level"] == "full"
