@@ -6,6 +6,7 @@ A message names the object (module, parameter, batch, file), the cause and one t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,14 @@ def listing(items: Sequence[str], most: int = 6) -> str:
     """The first few items, and how many more: how messages list names."""
     shown = ", ".join(items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def stacklevel() -> int:
+    """For `warnings.warn`: the level of the first frame outside of this package, the caller's own line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class FastsharpError(Exception):

@@ -31,6 +31,7 @@ from fastsharp.errors import (
     NonFiniteError,
     NotSymmetricError,
     UnstableDataWarning,
+    stacklevel,
 )
 from fastsharp.guard import random_states
 
@@ -93,7 +94,7 @@ def _check_data(hessian: Hessian, level: str, strict: bool) -> str:
         )
         if strict:
             raise NondeterministicOperatorError(message)
-        warnings.warn(message, UnstableDataWarning, stacklevel=4)
+        warnings.warn(message, UnstableDataWarning, stacklevel=stacklevel())
     return found
 
 

@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastsharp
 from fastsharp import errors
 from fastsharp.errors import FastsharpError, Interrupted, NotConvergedError
 
@@ -72,3 +74,15 @@ def test_the_code_ends_the_message(cls):
 
 def test_ctrl_c_is_swallowed_by_no_except_exception():
     assert not issubclass(Interrupted, Exception) and issubclass(Interrupted, KeyboardInterrupt)
+
+
+def test_warnings_point_at_the_callers_own_line() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.Tanh(), torch.nn.Linear(30, 3))
+    model.register_parameter("unused", torch.nn.Parameter(torch.zeros(2)))
+    batch = (torch.randn(50, 30), torch.arange(50) % 3)
+    with pytest.warns() as seen:
+        fastsharp.lanczos(model, batch, k=5, max_iter=6)
+        fastsharp.lanczos(torch.diag(torch.arange(1.0, 101.0)), k=5, max_iter=6)
+    kinds = [w.category for w in seen]
+    assert kinds == [errors.UnusedParamWarning, errors.NotConvergedWarning, errors.NotConvergedWarning]
+    assert {w.filename for w in seen} == {__file__}

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastsharp.batches import tensors_of
 from fastsharp.curvature.autograd import GradientGraph
-from fastsharp.errors import DisconnectedLossError, InputError, UnusedParamWarning
+from fastsharp.errors import DisconnectedLossError, InputError, UnusedParamWarning, stacklevel
 from fastsharp.locate import non_finite_gradient
 from fastsharp.losses import Value
 from fastsharp.objective import Objective
@@ -176,7 +176,7 @@ class Hessian(SymmetricOperator):
             warnings.warn(
                 f"no gradient path from the loss to {', '.join(self._unused)}: their rows of the Hessian are zero. Leave them out with params=.",
                 UnusedParamWarning,
-                stacklevel=2,
+                stacklevel=stacklevel(),
             )
 
 

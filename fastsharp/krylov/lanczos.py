@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastsharp import rng
-from fastsharp.errors import Interrupted, NotConvergedError, NotConvergedWarning, NotSymmetricError, StaleOperatorError
+from fastsharp.errors import Interrupted, NotConvergedError, NotConvergedWarning, NotSymmetricError, StaleOperatorError, stacklevel
 from fastsharp.krylov.dense import dense
 from fastsharp.krylov.pairs import pairs
 from fastsharp.krylov.request import Request, check_start
@@ -170,4 +170,4 @@ def _report_failure(result: Eigenpairs, request: Request, settled: bool) -> None
         message += f"Raise max_iter (now {request.max_iter}) or tol."
     if request.strict:
         raise NotConvergedError(message, result)
-    warnings.warn(NotConvergedWarning(message, result), stacklevel=3)
+    warnings.warn(NotConvergedWarning(message, result), stacklevel=stacklevel())
