@@ -26,13 +26,15 @@ _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of every op, each called as in `fastsharp.ops.krylov` with `out` last, on checked tensors."""
+    """One implementation of every op, called as those of `fastsharp.ops.reference.krylov`, on checked tensors."""
 
     name: str
     device_types: tuple[str, ...]  # empty: all
     alpha: Callable[[Tensor, Tensor, Tensor], None]
-    dots: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    update: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    dots: Callable[[Tensor, Tensor, reference.Removed | None, Tensor], None]
+    update: Callable[[Tensor, Tensor, Tensor, reference.Row | None, Tensor], None]
+    combine: Callable[[Tensor, Tensor, Tensor], None]
+    probes: Callable[[str, int, int, Tensor], None]
 
     def takes(self, device: torch.device) -> bool:
         """True when tensors on this device can be handed to it."""
@@ -40,7 +42,7 @@ class Backend:
 
 
 _forced: ContextVar[Backend | None] = ContextVar("fastsharp_backend", default=None)
-_REFERENCE = Backend("reference", (), reference.alpha, reference.dots, reference.update)
+_REFERENCE = Backend("reference", (), reference.alpha, reference.dots, reference.update, reference.combine, reference.probes)
 
 
 @cache
@@ -100,24 +102,33 @@ def _native_backend(name: str, module: ModuleType) -> Backend:
     at = _border.address
 
     def alpha(v: Tensor, w: Tensor, out: Tensor) -> None:
-        work, place = _work(module, w, 0), where(w)
-        _border.call(getattr(module, "alpha_" + _SUFFIX[w.dtype]), at(v), at(w), w.shape[0], at(out), at(work), *place)
+        for e in range(v.shape[0]):
+            work, place = _work(module, w, 0), where(w)
+            _border.call(getattr(module, "alpha_" + _SUFFIX[w.dtype]), at(v[e]), at(w[e]), w.shape[1], at(out[e]), at(work), *place)
 
-    def dots(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-        (j, n), work, place = V.shape, _work(module, w, V.shape[0]), where(w)
-        kernel = getattr(module, "dots_" + _SUFFIX[w.dtype])
-        _border.call(kernel, at(V), V.stride(0), at(w), at(ab), j, n, at(out), at(work), *place)
+    def dots(V: Tensor, w: Tensor, removed: reference.Removed | None, out: Tensor) -> None:
+        if w.shape[1] > 1 or V.dtype != w.dtype or (removed is not None and at(removed[1]) != at(V[:, -1])):
+            return reference.dots(V, w, removed, out)
+        (E, j, n), kernel, none = V.shape, getattr(module, "dots_" + _SUFFIX[w.dtype]), torch.zeros(2, dtype=torch.float64, device=w.device)
+        for e in range(E):
+            work, place, ab = _work(module, w, j), where(w), none if removed is None else removed[0][e]
+            _border.call(kernel, at(V[e]), V.stride(1), at(w[e]), at(ab), j, n, at(out[e]), at(work), *place)
+        return None
 
-    def update(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
-        (j, n), work, place = V.shape, _work(module, w, 0), where(w)
-        kernel = getattr(module, "update_" + _SUFFIX[w.dtype])
-        _border.call(kernel, at(V), V.stride(0), at(w), at(c), j, n, at(out), at(work), *place)
+    def update(V: Tensor, w: Tensor, c: Tensor, row: reference.Row | None, out: Tensor) -> None:
+        if w.shape[1] > 1 or V.dtype != w.dtype or row is not None:
+            return reference.update(V, w, c, row, out)
+        (E, j, n), kernel = V.shape, getattr(module, "update_" + _SUFFIX[w.dtype])
+        for e in range(E):
+            work, place = _work(module, w, 0), where(w)
+            _border.call(kernel, at(V[e]), V.stride(1), at(w[e]), at(c[e]), j, n, at(out[e]), at(work), *place)
+        return None
 
-    return Backend(name, (name,), alpha, dots, update)
+    return Backend(name, (name,), alpha, dots, update, reference.combine, reference.probes)
 
 
 def _work(module: ModuleType, w: Tensor, j: int) -> Tensor:
-    return torch.empty(module.workspace_size(w.shape[0], j), dtype=torch.float64, device=w.device)
+    return torch.empty(module.workspace_size(w.shape[-1], j), dtype=torch.float64, device=w.device)
 
 
 def _cpu_place(w: Tensor) -> tuple[int, ...]:

@@ -1,22 +1,15 @@
-"""The one-line calls: a model and its data in, a result with its doubt out."""
+"""lanczos: top eigenpairs of a loss Hessian in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastsharp.curvature.hessian import Hessian
-from fastsharp.errors import InputError, Interrupted
+from fastsharp.api.subject import checked, operator_of
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
 from fastsharp.krylov.request import check_arguments
-from fastsharp.operator import as_operator
 from fastsharp.params import Selector
-from fastsharp.preflight import LEVELS
-from fastsharp.preflight import preflight as run_preflight
 from fastsharp.progress import Progress
 from fastsharp.results import Eigenpairs
 
@@ -78,17 +71,18 @@ def lanczos(
     `.partial`. All copies of a multiple eigenvalue are not promised, nor interior ones.
     Source: Lanczos with full reorthogonalisation, Parlett, The Symmetric Eigenvalue Problem (1998), section 13.
     """
-    if preflight not in LEVELS:
-        raise InputError(f"preflight={preflight!r} is none of {', '.join(map(repr, LEVELS))}.")
-    shown = Progress(progress)
-    options: dict[str, Any] = {"params": params, "reduction": reduction, "bn": bn, "dropout": dropout, "memory": memory, "seed": seed}
-    operator: Any
-    if isinstance(model, nn.Module):
-        with _first_steps():
-            operator = Hessian(model, loader, loss_fn, **options)
-    else:
-        _refuse_model_arguments(loader=loader, loss_fn=loss_fn, params=params, bn=bn, dropout=dropout)
-        operator = as_operator(model)
+    operator = operator_of(
+        model,
+        loader,
+        loss_fn,
+        params=params,
+        reduction=reduction,
+        bn=bn,
+        dropout=dropout,
+        memory=memory,
+        seed=seed,
+        preflight=preflight,
+    )
     arguments: dict[str, Any] = {
         "k": k,
         "which": which,
@@ -99,29 +93,9 @@ def lanczos(
         "verify": verify,
         "seed": seed,
         "strict": strict,
-        "check": "off" if isinstance(operator, Hessian) or preflight == "off" else "auto",
     }
     check_arguments(operator.n, **arguments)  # before the preflight spends products
-    if isinstance(operator, Hessian) and operator.preflight["level"] == "off":
-        with _first_steps():
-            run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
+    check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
+    shown = Progress(progress)
     with shown, torch.inference_mode(False), torch.no_grad():  # vectors that outlive the caller's inference mode
-        return krylov_lanczos(operator, v0=v0, on_step=shown.on_step, **arguments)
-
-
-@contextmanager
-def _first_steps() -> Iterator[None]:
-    """Ctrl-C before the solver's first step: Interrupted, with nothing to carry."""
-    try:
-        yield
-    except Interrupted:
-        raise
-    except KeyboardInterrupt as e:
-        raise Interrupted("interrupted before the first step: nothing was computed.", None) from e
-
-
-def _refuse_model_arguments(**given: Any) -> None:
-    """Arguments that speak of a model make no sense beside a matrix; silence would hide a mistake."""
-    wrong = [name for name, value in given.items() if value is not None]
-    if wrong:
-        raise InputError(f"{', '.join(wrong)}: only for a torch.nn.Module; the first argument is an operator or matrix. Leave them out.")
+        return krylov_lanczos(operator, v0=v0, on_step=shown.on_step, check=check, **arguments)

@@ -1,0 +1,3 @@
+"""The one-line calls: a model and its data in, a result with its doubt out."""
+
+from fastsharp.api.eigenpairs import lanczos as lanczos

@@ -1,0 +1,66 @@
+"""What a call is about: a model with its data, or a matrix, as one checked operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fastsharp.curvature.hessian import Hessian
+from fastsharp.errors import InputError, Interrupted
+from fastsharp.operator import SymmetricOperator, as_operator
+from fastsharp.preflight import LEVELS
+from fastsharp.preflight import preflight as run_preflight
+
+
+def operator_of(
+    model: Any,
+    loader: Any,
+    loss_fn: Any,
+    *,
+    params: Any = None,
+    reduction: str = "auto",
+    bn: str | None = None,
+    dropout: str | None = None,
+    memory: str | int = "auto",
+    seed: int = 0,
+    preflight: str = "fast",
+) -> SymmetricOperator:
+    """The operator that `model` means: a Hessian of an nn.Module, else the matrix itself. Built, not yet checked."""
+    if preflight not in LEVELS:
+        raise InputError(f"preflight={preflight!r} is none of {', '.join(map(repr, LEVELS))}.")
+    if isinstance(model, nn.Module):
+        with first_steps():
+            return Hessian(model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed)
+    _refuse_model_arguments(loader=loader, loss_fn=loss_fn, params=params, bn=bn, dropout=dropout)
+    return as_operator(model)
+
+
+def checked(operator: SymmetricOperator, *, preflight: str = "fast", strict_data: bool = False, seed: int = 0) -> str:
+    """Run the preflight of a Hessian that has not seen one; returns what is left for the solver's own symmetry `check`."""
+    if isinstance(operator, Hessian):
+        if operator.preflight["level"] == "off":
+            with first_steps():
+                run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
+        return "off"
+    return "off" if preflight == "off" else "auto"
+
+
+@contextmanager
+def first_steps() -> Iterator[None]:
+    """Ctrl-C before the solver's first step: Interrupted, with nothing to carry."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as e:
+        raise Interrupted("interrupted before the first step: nothing was computed.", None) from e
+
+
+def _refuse_model_arguments(**given: Any) -> None:
+    """Arguments that speak of a model make no sense beside a matrix; silence would hide a mistake."""
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)}: only for a torch.nn.Module; the first argument is an operator or matrix. Leave them out.")
