@@ -190,6 +190,12 @@ class KernelError(FastsharpError, RuntimeError):
     code = "FS300"
 
 
+class BasisMemoryError(FastsharpError, MemoryError):
+    """The smallest Krylov basis and the Ritz vectors exceed the memory that is left."""
+
+    code = "FS301"
+
+
 class DataNotFoundError(FastsharpError, FileNotFoundError):
     """A data set was found in none of the places looked in."""
 

@@ -16,7 +16,7 @@ from fastsharp.results import Eigenpairs
 _ROWS = 64  # unit vectors per product
 _ASYMMETRY_GATE = 256.0  # of eps ||A||_F: columns of healthy float32 Hessians err by up to 84 eps of their norm
 
-_NO_KRYLOV = {"restarts": 0, "breakdowns": 0, "second_passes": 0, "probe_products": 0}
+_NO_KRYLOV = {"restarts": 0, "thick_restarts": 0, "breakdowns": 0, "second_passes": 0, "probe_products": 0}
 
 
 def dense(operator: SymmetricOperator, request: Request) -> Eigenpairs:

@@ -13,10 +13,11 @@ from fastsharp import rng
 from fastsharp.errors import Interrupted, NotConvergedError, NotConvergedWarning, NotSymmetricError, StaleOperatorError, stacklevel
 from fastsharp.krylov.dense import dense
 from fastsharp.krylov.pairs import pairs
+from fastsharp.krylov.plan import Plan, make_plan
 from fastsharp.krylov.request import Request, check_start
 from fastsharp.krylov.request import check_arguments as check_arguments
 from fastsharp.krylov.rows import normalised
-from fastsharp.krylov.stopping import StopRule, Targets
+from fastsharp.krylov.stopping import StopRule, Targets, select
 from fastsharp.krylov.symmetry import PROBE_PRODUCTS, needs_probes, probe
 from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.operator import SymmetricOperator
@@ -41,7 +42,10 @@ def lanczos(
     seed: int = 0,
     strict: bool = False,
     check: str = "auto",
+    memory: int | None = None,
+    host_memory: int | None = None,
     on_step: OnStep | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
 ) -> Eigenpairs:
     """k eigenpairs A x_i = lambda_i x_i at the end of the spectrum that `which` names, from A V' = V' T + r e_m'.
 
@@ -54,9 +58,12 @@ def lanczos(
     v0         (n,) start vector in the operator's dtype and device. A random vector of a tenth of its length is added, since an
                eigenvector orthogonal to v0 would otherwise stay invisible while everything else converges
     check      "auto" probes the symmetry of every operator but a DenseOperator (4 matvecs), "on" of all, "off" of none
+    memory     bytes for the basis and the Ritz vectors: see `krylov.plan`; None is no limit. `host_memory`: bytes left beside them
+    on_plan    called with the Plan before the first product
     on_step    called after every product as on_step(step, values, expected): products so far, the wanted Ritz values (at most k,
                in result order), and the products expected in all (max_iter while there is no trend). What it raises ends the run
-    ->         Eigenpairs; cost: n_matvec + n_verify + settings["probe_products"] matvecs, (n_matvec + 1) n elements of memory
+    ->         Eigenpairs; cost: n_matvec + n_verify + settings["probe_products"] matvecs, (n_matvec + 1 + 2 k) n elements of memory, or
+               what `memory` allows
 
     Not converged: NotConvergedWarning with `.partial`, or NotConvergedError if `strict`. Ctrl-C raises Interrupted, whose
     `.partial` holds min(k, steps) unverified pairs (None before the first step); any other exception from inside the run except
@@ -90,14 +97,17 @@ def lanczos(
         if probed:
             with _no_pairs_yet():
                 probe(operator, request.seed)
-        result, settled = _iterate(operator, request, v0, PROBE_PRODUCTS if probed else 0, on_step)
+        plan = make_plan(operator.n, operator.dtype, operator.device, request, memory, host_memory)
+        if on_plan is not None:
+            on_plan(plan)
+        result, settled = _iterate(operator, request, plan, v0, PROBE_PRODUCTS if probed else 0, on_step)
     operator.check_unchanged()
     _report_failure(result, request, settled)
     return result
 
 
 def _iterate(
-    operator: SymmetricOperator, request: Request, v0: torch.Tensor | None, probes: int, on_step: OnStep | None
+    operator: SymmetricOperator, request: Request, plan: Plan, v0: torch.Tensor | None, probes: int, on_step: OnStep | None
 ) -> tuple[Eigenpairs, bool]:
     """Krylov steps until the stop rule or max_iter, then verification; whatever ends it early leaves the pairs so far."""
     g = rng.generator(request.seed)
@@ -105,12 +115,15 @@ def _iterate(
     def draw() -> torch.Tensor:
         return rng.normal(operator.n, g, operator.dtype, operator.device)
 
-    state = Tridiagonal(operator, draw() if v0 is None else _mix(v0, draw()), draw, request.max_iter)
+    basis = plan.basis(operator.n, operator.dtype, operator.device)
+    state = Tridiagonal(
+        operator, draw() if v0 is None else _mix(v0, draw()), draw, basis, lambda theta: select(theta, request.which, plan.kept)
+    )
     targets = Targets(request.tol, request.criterion, state.eps)
     rule = StopRule(request.k, request.which, targets, operator.n, randomness=1.0 if v0 is None else _MIX)
 
-    def partial() -> Eigenpairs | None:
-        return pairs(state, request, probes, verify=False, settled=False) if state.size else None
+    def so_far() -> Eigenpairs | None:
+        return pairs(state, request, plan, probes, verify=False, settled=False) if state.size else None
 
     try:
         settled = False
@@ -120,15 +133,15 @@ def _iterate(
             if on_step is not None:
                 values = tuple(math.ldexp(t, state.shift or 0) for t in rule.values)
                 on_step(state.n_matvec, values, rule.expected(state.n_matvec, request.max_iter))
-        return pairs(state, request, probes, verify=request.verify, settled=settled), settled
+        return pairs(state, request, plan, probes, verify=request.verify, settled=settled), settled
     except KeyboardInterrupt as interrupt:  # a second one, while the partial result is assembled, passes through
         message = f"lanczos: interrupted after {state.n_matvec} products; .partial holds the pairs so far, unverified."
-        raise Interrupted(message, partial()) from interrupt
+        raise Interrupted(message, so_far()) from interrupt
     except (NotSymmetricError, StaleOperatorError):  # there is no one matrix that the pairs would belong to
         raise
     except Exception as error:
         with contextlib.suppress(Exception):
-            error.__dict__["partial"] = partial()
+            error.__dict__["partial"] = so_far()
         raise
 
 

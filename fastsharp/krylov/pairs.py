@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fastsharp.krylov.plan import Plan
 from fastsharp.krylov.request import Request
-from fastsharp.krylov.rows import combine, rayleigh, scale, scaled
+from fastsharp.krylov.rows import rayleigh, scale, scaled
 from fastsharp.krylov.stopping import Targets, floor_note, result_order, rounding, select, value_bounds
 from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.results import Eigenpairs
 
 
-def pairs(state: Tridiagonal, request: Request, probes: int, *, verify: bool, settled: bool) -> Eigenpairs:
+def pairs(state: Tridiagonal, request: Request, plan: Plan, probes: int, *, verify: bool, settled: bool) -> Eigenpairs:
     """X = S V, theta_i = x_i'A x_i, r_i = ||A x_i - theta_i x_i||: the min(k, size) wanted pairs of the run so far.
 
     Costs one block product (k matvecs) with `verify`, none without; then the values and residuals are those of T.
     Rayleigh quotients of the single vectors, no k x k Rayleigh-Ritz: the Ritz vectors already diagonalise A on the whole Krylov space.
-    The gap in min(r, r^2/gap) is that to all other Ritz values; before the list has settled an eigenvalue may hide in that gap, and
+    Estimates from a basis stored in float16 are raised by its rounding. The gap in min(r, r^2/gap) is that to all other Ritz values; before the list has settled an eigenvalue may hide in that gap, and
     the bound is r. A bound is never below 8 eps ||A||, the rounding of the product itself.
     """
     theta, estimates = state.ritz()
     chosen = select(theta, request.which, request.k)
-    X = combine(state.coefficients(chosen), state.V)
-    values, residuals = theta[chosen], estimates[chosen]
+    X = state.combine(state.coefficients(chosen))
+    values, residuals = theta[chosen], estimates[chosen] + state.noise * theta[chosen].abs()
     if verify:
         Y = state.operator.apply(X)
         scale(Y, -(state.shift or 0))
@@ -49,18 +50,20 @@ def pairs(state: Tridiagonal, request: Request, probes: int, *, verify: bool, se
         verified=verify,
         n_matvec=state.n_matvec,
         n_verify=chosen.numel() if verify else 0,
-        notes=(*state.operator.notes, *_notes(state, verify, settled, by_floor, probes)),
-        settings={**state.operator.settings, **request.settings(), **_record(state, probes)},
+        notes=(*state.operator.notes, *plan.notes(), *_notes(state, verify, settled, by_floor, probes)),
+        settings={**state.operator.settings, **request.settings(), **_record(state, plan, probes)},
         provenance=state.operator.provenance,
         layout=state.operator.layout,
     )
 
 
-def _record(state: Tridiagonal, probes: int) -> dict[str, Any]:
+def _record(state: Tridiagonal, plan: Plan, probes: int) -> dict[str, Any]:
     return {
         "norm": math.ldexp(state.norm, state.shift or 0),
         "restarts": len(state.blocks) - 1,
         "breakdowns": state.breakdowns,
+        "thick_restarts": state.thick_restarts,
+        "plan": plan.record(),
         "second_passes": state.second_passes,
         "probe_products": probes,
     }
@@ -72,6 +75,8 @@ def _notes(state: Tridiagonal, verify: bool, settled: bool, by_floor: bool, prob
         notes.append(f"symmetry and repeatability were tested with {probes} further products")
     if len(state.blocks) > 1:
         notes.append(f"the Krylov space became invariant and was restarted with a random vector, {len(state.blocks) - 1} times")
+    if state.thick_restarts:
+        notes.append(f"the basis was full {state.thick_restarts} times and was restarted from its Ritz vectors")
     if not settled:
         notes.append("the run ended before the list of wanted values settled: an eigenvalue may be missing from it")
     if not verify:

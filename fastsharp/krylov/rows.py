@@ -1,4 +1,4 @@
-"""Tall-skinny linear algebra on rows of length n: float64 arithmetic in column chunks, no float64 copy of a whole row."""
+"""Linear algebra on rows of length n: float64 arithmetic in column chunks, no float64 copy of a whole row."""
 
 from __future__ import annotations
 
@@ -10,58 +10,29 @@ import torch
 _CHUNK = 1 << 15  # columns at a time: 256 KiB of float64 per row
 
 
-class Basis:
-    """Rows of one storage (capacity, ldv), ldv = n padded to 16 elements, grown by half: memory follows the steps taken."""
-
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, max_rows: int) -> None:
-        self.n = n
-        self._max_rows = max_rows
-        self._storage = torch.empty((min(32, max_rows), -(-n // 16) * 16), dtype=dtype, device=device)
-
-    def row(self, i: int) -> torch.Tensor:
-        """Row i as a view (n,), contiguous. May move the storage: fetch other rows afterwards."""
-        rows = self._storage.shape[0]
-        if i >= rows:
-            grown = self._storage.new_empty((min(self._max_rows, max(i + 1, rows + rows // 2)), self._storage.shape[1]))
-            grown[:rows] = self._storage
-            self._storage = grown  # one assignment: an interrupt leaves either the old or the new storage, both whole
-        return self._storage[i, : self.n]
-
-    def rows(self, j: int) -> torch.Tensor:
-        """The first j rows as a view (j, n) with row stride ldv."""
-        return self._storage[:j, : self.n]
-
-
-def _chunks(n: int) -> Iterator[slice]:
+def chunks(n: int) -> Iterator[slice]:
+    """[0, n) in pieces whose float64 copies stay in cache."""
     return (slice(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK))
 
 
-def combine(S: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """X = D S V with D such that every row of X has norm one: S (k, j) float64, V (j, n) -> X (k, n) in V's dtype.
-
-    Summed and normalised in float64, rounded once; costs two reads of V.
-    """
-    S = S.to(V.device)
-    square = torch.zeros(S.shape[0], dtype=torch.float64, device=V.device)
-    for c in _chunks(V.shape[1]):
-        square += (S @ V[:, c].double()).square().sum(1)
-    S = S / square.sqrt()[:, None]
-    X = V.new_empty((S.shape[0], V.shape[1]))
-    for c in _chunks(V.shape[1]):
-        X[:, c] = (S @ V[:, c].double()).to(V.dtype)
-    return X
+def normalise_rows(X: torch.Tensor) -> torch.Tensor:
+    """x_i / ||x_i|| in place, norms in float64: X (k, n) rows far from the ends of the range. Returns X."""
+    square = torch.zeros(X.shape[0], dtype=torch.float64, device=X.device)
+    for c in chunks(X.shape[1]):
+        square += X[:, c].double().square().sum(1)
+    return X.mul_((1.0 / square.sqrt()).to(X.dtype)[:, None])
 
 
 def rayleigh(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """theta_i = x_i'y_i / x_i'x_i and r_i = ||y_i - theta_i x_i|| / ||x_i|| for rows x_i and y_i = A x_i: both (k,) float64 on the host."""
     xx = torch.zeros(X.shape[0], dtype=torch.float64, device=X.device)
     xy, rr = torch.zeros_like(xx), torch.zeros_like(xx)
-    for c in _chunks(X.shape[1]):
+    for c in chunks(X.shape[1]):
         x, y = X[:, c].double(), Y[:, c].double()
         xx += x.square().sum(1)
         xy += (x * y).sum(1)
     theta = xy / xx
-    for c in _chunks(X.shape[1]):
+    for c in chunks(X.shape[1]):
         rr += (Y[:, c].double() - theta[:, None] * X[:, c].double()).square().sum(1)
     return theta.cpu(), (rr / xx).sqrt().cpu()
 
@@ -69,7 +40,7 @@ def rayleigh(X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def dot(u: torch.Tensor, v: torch.Tensor) -> float:
     """u'v in float64."""
     total = torch.zeros((), dtype=torch.float64, device=u.device)
-    for c in _chunks(u.numel()):
+    for c in chunks(u.numel()):
         total += torch.dot(u[c].double(), v[c].double())
     return float(total)
 

@@ -12,7 +12,8 @@ bounds of 1e-4 and a list unmoved for three steps still for 4 of 1,000; with the
 *Start vector.* For A u = lambda u, multiply A V' = V'T + beta_m v_{m+1} e_m' by u': y = V u has y'(lambda - T) = beta_m (u'v_{m+1}) e_m',
 so |u'v_1| <= beta_m |e_m'(lambda - T)^-1 e_1| = prod_j beta_j / prod_j |lambda - theta_j|. A random v_1 has u'v_1 ~ N(0, 1/n), so an
 eigenvalue at lambda is missing with a probability of at most 0.8 sqrt(n) times that quotient. Between two Ritz values it is largest
-at their sides, so it is asked for at 1 % from every listed one. That is no proof: theta_k <= lambda_k holds always, equality only
+at their sides, so it is asked for at 1 % from every listed one. After a thick restart with kept values h_i the first tail row takes
+the place of v_1, with prod_i |lambda - h_i| in the numerator; what the epochs before contributed is multiplied on. That is no proof: theta_k <= lambda_k holds always, equality only
 with probability near one, and a second eigenvalue within 1 % of a listed one escapes.
 *Floor.* No residual can be told from rounding below 32 eps ||T||; the same floor serves every test here.
 *Invariant spaces.* Residuals are zero after a breakdown whatever is missing, so the complement has to speak first: see `StopRule`.
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsharp.krylov.tridiagonal import Block, breakdown_threshold
+from fastsharp.krylov.block import Block
+from fastsharp.krylov.tridiagonal import breakdown_threshold
 
 WHICH = ("LA", "SA", "LM", "BE")
 CRITERIA = ("residual", "value")
@@ -181,10 +183,15 @@ class StopRule:
     def _missing_is_unlikely(self, listed: torch.Tensor, block: Block, smallest: float) -> bool:
         """sqrt(n) prod beta_j / prod |lambda - theta_j| <= 0.01 at 1 % from each listed value; in logs, as the products overflow."""
         nearest = (_MOVED * listed.abs()).clamp(min=smallest)[:, None]
-        distances = (listed[:, None] - block.solve()[0]).abs().maximum(nearest)
-        component = sum(map(math.log, block.beta)) - float(distances.log().sum(1).min())
-        typical = (self._randomness if block.start == 0 else 1.0) / math.sqrt(self.n - block.start)
-        return component <= math.log(_RARE * typical)
+
+        def log_distances(values: torch.Tensor) -> torch.Tensor:
+            return (listed[:, None] - values).abs().maximum(nearest).log().sum(1)
+
+        component = torch.zeros(listed.numel(), dtype=torch.float64)
+        for epoch in (*block.past, block.epoch()):  # restarts divide the product among them
+            component += epoch.log_beta - log_distances(epoch.theta) + log_distances(epoch.head)
+        typical = (self._randomness if block.complement_of == 0 else 1.0) / math.sqrt(self.n - block.complement_of)
+        return float(component.max()) <= math.log(_RARE * typical)
 
     def _complement_is_no_better(self, theta: torch.Tensor, start: int, norm: float) -> bool:
         tie = breakdown_threshold(self.n, self.targets.eps, norm)  # values of an invariant space are known no better

@@ -8,7 +8,7 @@ alpha swamps c and orthogonality is lost by step 20-40. A further pass runs whil
 (Daniel, Gragg, Kaufman & Stewart 1976; the constant is ARPACK's): then w was mostly rounding along V.
 *Normalisation.* beta is the norm of the vector that is stored, never sqrt(||w||^2 - ||c||^2), which loses 5 digits where an
 eigenvalue is 600 times the local beta.
-*T* is float64 on the host; its diagonal is alpha + c_j. Rounding in T is that of the products, O(eps ||A||).
+*T* is float64 on the host (`block`); its diagonal is alpha + c_j. Rounding in T is that of the products, O(eps ||A||).
 *Breakdown* is relative, see `breakdown_threshold`. A dropped beta is not forgotten: it stays the residual of its block.
 *Scale.* Products are scaled by one fixed power of two when the first non-zero product is far from one, so that no square leaves
 the range of float64 and no product that of the dtype; T is that of 2^-shift A. Powers of two are exact, so runs of A and 2^p A are
@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
 from fastsharp import ops
-from fastsharp.errors import NonFiniteError, NotSymmetricError
-from fastsharp.krylov.rows import Basis, exponent, largest, normalised, scale, scaled
+from fastsharp.errors import InputError, NonFiniteError, NotSymmetricError
+from fastsharp.krylov.basis import Basis, Rows
+from fastsharp.krylov.block import Block
+from fastsharp.krylov.restart import Keep, compress
+from fastsharp.krylov.rows import exponent, largest, normalised, scale
 from fastsharp.operator import SymmetricOperator
 
 _DROP = 0.717  # sqrt(1/2) of Daniel et al., rounded up as in ARPACK
@@ -48,49 +50,27 @@ def breakdown_threshold(n: int, eps: float, norm_t: float) -> float:
     return 10.0 * math.sqrt(min(n, 256)) * eps * norm_t
 
 
-@dataclass
-class Block:
-    """The tridiagonal matrix of one Krylov space: T is block diagonal, a new block begins after each breakdown.
-
-    A row counts once its alpha is there: beta is appended first, so that an interrupt between the two leaves the rows so far whole.
-    """
-
-    start: int  # its first row of V
-    alpha: list[float] = field(default_factory=list)
-    beta: list[float] = field(default_factory=list)  # beta[i] couples rows i and i+1; the last one leads out of the block
-    closed: bool = False  # the space is invariant
-    _solved: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eigenvalues (m,) ascending and eigenvectors as rows (m, m), float64 on the host.
-
-        Scaled by a power of two first: LAPACK then sees the same bits for T and 2^p T.
-        """
-        m = len(self.alpha)
-        if self._solved is None or self._solved[0].numel() != m:
-            beta = self.beta[: m - 1]
-            e = exponent(max(map(abs, self.alpha + beta)))
-            T = torch.zeros(m, m, dtype=torch.float64)
-            T.diagonal().copy_(scale(torch.tensor(self.alpha, dtype=torch.float64), -e))
-            T.diagonal(-1).copy_(scale(torch.tensor(beta, dtype=torch.float64), -e))  # LAPACK reads the lower half
-            theta, S = torch.linalg.eigh(T)
-            self._solved = scaled(theta, e), S.T
-        return self._solved
-
-
 class Tridiagonal:
     """State of a Lanczos run on A = 2^shift (V'TV + ...): basis on the device, T in `blocks` on the host.
 
     operator  SymmetricOperator on R^n
     start     (n,) start vector, non-zero and finite, any norm
     draw      a fresh random vector (n,), for restarts after a breakdown
-    max_rows  most rows the basis will ever hold; storage grows as needed
+    basis     an empty Basis, or the most rows it will ever hold
+    keep      keep(theta): positions of the Ritz values that a thick restart keeps; None: the basis holds every row
 
     One step costs one matvec, three passes over n-vectors or the basis (`ops.alpha`, `ops.dots`, `ops.update`), one division and
     one read by the host. Raises NonFiniteError and NotSymmetricError with the number of the product.
     """
 
-    def __init__(self, operator: SymmetricOperator, start: torch.Tensor, draw: Callable[[], torch.Tensor], max_rows: int) -> None:
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        start: torch.Tensor,
+        draw: Callable[[], torch.Tensor],
+        basis: Basis | int,
+        keep: Keep | None = None,
+    ) -> None:
         self.operator = operator
         self.n = operator.n
         self.eps = torch.finfo(operator.dtype).eps
@@ -101,16 +81,18 @@ class Tridiagonal:
         self.norm = 0.0  # of T, largest column norm or |Ritz value| so far: a lower bound of ||A|| 2^-shift
         self.shift: int | None = None  # None until the first non-zero product
         self._draw = draw
-        self._basis = Basis(self.n, operator.dtype, operator.device, max_rows + 1)
+        self.thick_restarts = 0
+        self._keep = keep
+        self._basis = Rows(self.n, operator.dtype, operator.device, basis + 1) if isinstance(basis, int) else basis
+        self.noise = self._basis.noise  # relative error of a stored row, hence of a Ritz vector
         # one buffer, so that the host reads a step in one copy: alpha, beta_prev, ||w||^2 after, c (j), ||w||^2 before
-        self._scalars = torch.zeros(max_rows + 5, dtype=torch.float64, device=operator.device)
-        self._zero = torch.zeros(2, dtype=torch.float64, device=operator.device)
-        self._basis.row(0).copy_(normalised(start))
+        self._scalars = torch.zeros(self._basis.capacity + 4, dtype=torch.float64, device=operator.device)
+        self._basis.place(0, normalised(start))
 
     @property
     def size(self) -> int:
-        """Finished steps = rows of V with a row of T."""
-        return self.blocks[-1].start + len(self.blocks[-1].alpha)
+        """Rows of V with a row of T: finished steps, or what thick restarts kept and the steps since."""
+        return self.blocks[-1].start + self.blocks[-1].size
 
     @property
     def exhausted(self) -> bool:
@@ -119,23 +101,31 @@ class Tridiagonal:
 
     @property
     def V(self) -> torch.Tensor:
-        """The basis, (size, n) rows orthonormal to working precision; valid until the next step."""
+        """The basis, (size, n) rows orthonormal to the precision they are stored in; valid until the next step."""
         return self._basis.rows(self.size)
+
+    def combine(self, S: torch.Tensor) -> torch.Tensor:
+        """Ritz vectors S V of unit norm for the rows of S = coefficients(...), in one pass over the basis."""
+        return self._basis.combine(S)
 
     def step(self) -> None:
         """One more row of T; after a breakdown the row belongs to a new block, started from a random vector orthogonal to V."""
+        if self.size + 1 >= self._basis.capacity and not self.exhausted:
+            self._compress()
         if self.blocks[-1].closed:
             self._restart()
         block, j = self.blocks[-1], self.size + 1
-        w = self._basis.row(j)
-        v = self._basis.row(j - 1)
+        w = self._basis.vector(j)
+        v = self._basis.vector(j - 1)
         self.operator.apply(v[None], out=w[None])
         self.n_matvec += 1
         self._rescale(w)
         beta_prev = block.beta[-1] if block.beta else 0.0
+        if block.head and not block.alpha:
+            self._basis.subtract(block.start, block.coupling, w)
         ops.alpha(v, w, out=self._scalars[0:1])
         self._scalars[1:2].fill_(beta_prev)
-        alpha, after, before, c = self._pass(w, j, self._scalars[0:2])
+        alpha, after, before, c = self._pass(j, self._scalars[0:2])
         if not (math.isfinite(alpha) and math.isfinite(before) and math.isfinite(after)):
             raise self._not_finite(f"v'Av = {alpha}")
         self.norm = max(self.norm, math.sqrt(alpha**2 + beta_prev**2 + before))
@@ -143,14 +133,14 @@ class Tridiagonal:
         alpha += c[j - 1]
         passes = 1
         while after < _DROP**2 * before and passes < _MAX_PASSES:
-            _, after, before, c = self._pass(w, j, self._zero)
+            _, after, before, c = self._pass(j, None)
             alpha += c[j - 1]
             passes += 1
             self.second_passes += 1
         beta = math.sqrt(after)
         invariant = beta <= breakdown_threshold(self.n, self.eps, self.norm)
         if not invariant:
-            w.div_(beta)
+            self._basis.accept(j, beta)
         block.beta.append(beta)
         block.alpha.append(alpha)
         block.closed = invariant or self.exhausted
@@ -160,10 +150,9 @@ class Tridiagonal:
         """Ritz values and residuals beta_m |s_m| of all blocks, each (size,) float64, in units of 2^shift, block after block."""
         values, residuals = [], []
         for block in self.blocks:
-            if block.alpha:
-                theta, S = block.solve()
-                values.append(theta)
-                residuals.append(block.beta[len(block.alpha) - 1] * S[:, -1].abs())
+            if block.size:
+                values.append(block.solve()[0])
+                residuals.append(block.residuals())
         theta = torch.cat(values)
         self.norm = max(self.norm, float(theta.abs().max()))
         return theta, torch.cat(residuals)
@@ -173,28 +162,33 @@ class Tridiagonal:
         S = torch.zeros(chosen.numel(), self.size, dtype=torch.float64)
         for row, i in enumerate(chosen.tolist()):
             block = next(b for b in reversed(self.blocks) if b.start <= i)
-            S[row, block.start : block.start + len(block.alpha)] = block.solve()[1][i - block.start]
+            S[row, block.start : block.start + block.size] = block.solve()[1][i - block.start]
         return S
 
-    def _pass(self, w: torch.Tensor, j: int, ab: torch.Tensor) -> tuple[float, float, float, list[float]]:
+    def _pass(self, j: int, ab: torch.Tensor | None) -> tuple[float, float, float, list[float]]:
         """w <- (I - V'V)(w - ab.(v_j, v_{j-1})); returns v_j'Av_j, ||w||^2 after and before the projection, and c (j,)."""
-        s, V = self._scalars, self._basis.rows(j)
-        ops.dots(V, w, ab, out=s[3 : 4 + j])
-        ops.update(V, w, s[3 : 3 + j], out=s[2:3])
+        s = self._scalars
+        self._basis.project(j, ab, s[3 : 4 + j], s[2:3])
         host = s[: 4 + j].tolist()
         return host[0], host[2], host[3 + j], host[3 : 3 + j]
 
     def _restart(self) -> None:
         """A random row orthogonal to V in place of the dropped one; at least two passes, as nearly all of it may lie in V's span."""
         j = self.size
-        w = self._basis.row(j)
-        w.copy_(normalised(self._draw()))
+        self._basis.vector(j).copy_(normalised(self._draw()))
         before, after, passes = 1.0, 0.0, 0
         while passes < 2 or (after < _DROP**2 * before and passes < 2 * _MAX_PASSES):
-            _, after, before, _ = self._pass(w, j, self._zero)
+            _, after, before, _ = self._pass(j, None)
             passes += 1
-        w.div_(math.sqrt(after))
+        self._basis.accept(j, math.sqrt(after))
         self.blocks.append(Block(j))
+
+    def _compress(self) -> None:
+        """Thick restart: the Ritz vectors that `keep` names, and the next Lanczos vector behind them."""
+        if self._keep is None:
+            raise InputError(f"lanczos: the basis holds {self._basis.capacity} rows and is full. Pass keep= to restart it, or more rows.")
+        compress(self._basis, self.blocks, self._keep, self.eps, self.norm)
+        self.thick_restarts += 1
 
     def _rescale(self, w: torch.Tensor) -> None:
         """Choose 2^-shift at the first non-zero product; apply it to every product."""
@@ -211,10 +205,11 @@ class Tridiagonal:
     def _watch_symmetry(self, c: list[float]) -> None:
         """c_i = v_i'A v_j for i <= j-2 must vanish: A v_i lies in the span of v_1 .. v_{i+1} if A is symmetric and V orthonormal.
 
-        Rounding leaves O(eps ||A||), and the row beyond a breakdown at most 160 eps ||A||, far below the gate sqrt(eps) ||T||.
+        Rounding leaves O(eps ||A||), and the row beyond a breakdown at most 160 eps ||A||, far below the gate
+        sqrt(eps) ||T||; rows stored in float16 leave their own rounding.
         """
         worst = max(map(abs, c), default=0.0)
-        gate = math.sqrt(self.eps) * self.norm
+        gate = max(math.sqrt(self.eps), 4.0 * self.noise) * self.norm
         if worst > gate:
             i = max(range(len(c)), key=lambda i: abs(c[i]))
             raise NotSymmetricError(
