@@ -58,7 +58,8 @@ class Objective:
         self.modes = Modes(model, bn, dropout)
         budget = Budget.of(memory, self.device).total
         self.batches = Batches(loader, self.device, budget // _DATA_SHARE)
-        self.graph_budget = budget - (0 if self.batches.streamed else self.batches.nbytes)
+        self._graph_budget = budget - (0 if self.batches.streamed else self.batches.nbytes)
+        self._reserved = 0
         self.seed = seed
         self.loss = Loss(model, loss_fn, reduction)
         self._uses_attention = False
@@ -66,6 +67,15 @@ class Objective:
         self._check_buffers()
         self.loss.settle_reduction(self.batches.first(), self._once)
         self.batches.ordered = self.modes.by_batch() or not self.loss.additive
+
+    @property
+    def graph_budget(self) -> int:
+        """Bytes left for kept graphs: the budget without the frozen data and what `reserve` took."""
+        return max(0, self._graph_budget - self._reserved)
+
+    def reserve(self, nbytes: int) -> None:
+        """Set aside `nbytes` of the budget; a later call replaces an earlier one."""
+        self._reserved = nbytes
 
     @property
     def device(self) -> torch.device:

@@ -22,6 +22,7 @@ class Progress:
         self._start = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
+        self._plan = ""
 
     def __enter__(self) -> Progress:
         self._start = time.monotonic()
@@ -30,6 +31,10 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def on_plan(self, plan: Any) -> None:
+        """What the run will hold in memory: printed above the bar as soon as there is one, that is, before a long run."""
+        self._plan = str(plan)
 
     def on_step(self, step: int, values: Any, estimate: Any) -> None:
         """Show step `step`; `values` are the wanted Ritz values so far, `estimate` the products the run is expected to take."""
@@ -56,6 +61,8 @@ class Progress:
         )
         self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
         self._bar.start()
+        if self._plan:
+            self._bar.console.print(self._plan, highlight=False, soft_wrap=True)
         self._task = self._bar.add_task("lanczos", total=None, top="", left="")
 
 

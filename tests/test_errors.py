@@ -60,7 +60,7 @@ def test_the_builtin_that_a_python_user_expects(cls):
     builtins = {
         "1": (ValueError, TypeError),
         "2": (RuntimeError,),
-        "3": (RuntimeError, FileNotFoundError, ValueError),
+        "3": (RuntimeError, FileNotFoundError, MemoryError, ValueError),
         "4": (RuntimeError, KeyboardInterrupt),
     }
     assert cls is FastsharpError or issubclass(cls, builtins[cls.code[2]])

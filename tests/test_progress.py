@@ -28,6 +28,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, asked: bool | No
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     with Progress(asked) as bar:
+        bar.on_plan("basis: 94 rows of float16")
         for step in range(1, 11):
             clock[0] += seconds
             bar.on_step(step, (2.5, 1.0), 20.0)
@@ -38,6 +39,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, asked: bool | No
 
 def test_a_long_run_on_a_terminal_shows_products_value_and_time(monkeypatch):
     text = shown(monkeypatch, Terminal(), None, 3.0)
+    assert "basis: 94 rows of float16" in text
     assert "Lanczos" in text and "10/20" in text and "top 2.5" in text and "about 30 s left" in text
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from fastsharp.api.subject import checked, operator_of
+from fastsharp.api.subject import basis_memory, checked, operator_of
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
+from fastsharp.krylov.plan import whole_bytes
 from fastsharp.krylov.request import check_arguments
 from fastsharp.params import Selector
 from fastsharp.progress import Progress
@@ -56,7 +57,9 @@ def lanczos(
     reduction  "auto", "mean" (of the example-weighted mean) or "sum"
     bn         None refuses BatchNorm in train mode; "eval"; "frozen-batch-stats"
     dropout    None refuses active Dropout; "eval"; "fixed-masks"
-    memory     bytes for frozen data and kept graphs: "auto" (half of what is free), "2GiB", a number
+    memory     bytes for the run: "auto" (half of what is free), "2GiB", a number. At most half for frozen data, at most half for the
+               Krylov basis, kept graphs have the rest. A basis that does not fit is stored in float16 where tol allows it,
+               else restarted from its Ritz vectors, else (GPU) kept in host memory: settings["plan"] says what was done
     method     "lanczos", "dense", or "auto" (dense for n <= max(64, 2 k))
     verify     False skips the k products for true residuals and says so
     v0, seed   start vector (n,), or the seed of a random one
@@ -94,8 +97,9 @@ def lanczos(
         "seed": seed,
         "strict": strict,
     }
-    check_arguments(operator.n, **arguments)  # before the preflight spends products
+    request = check_arguments(operator.n, **arguments)  # before the preflight spends products
+    budget: dict[str, Any] = basis_memory(operator, memory, whole_bytes(operator.n, operator.dtype, request))
     check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
     shown = Progress(progress)
     with shown, torch.inference_mode(False), torch.no_grad():  # vectors that outlive the caller's inference mode
-        return krylov_lanczos(operator, v0=v0, on_step=shown.on_step, check=check, **arguments)
+        return krylov_lanczos(operator, v0=v0, check=check, on_step=shown.on_step, on_plan=shown.on_plan, **budget, **arguments)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastsharp.batches import Budget, available_memory
 from fastsharp.curvature.hessian import Hessian
 from fastsharp.errors import InputError, Interrupted
 from fastsharp.operator import SymmetricOperator, as_operator
@@ -46,6 +48,17 @@ def checked(operator: SymmetricOperator, *, preflight: str = "fast", strict_data
                 run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
         return "off"
     return "off" if preflight == "off" else "auto"
+
+
+def basis_memory(operator: SymmetricOperator, memory: str | int, wish: int) -> dict[str, int]:
+    """Bytes that a solver's basis may take: `wish` at most, and half of the budget; a Hessian keeps fewer graphs then.
+
+    -> memory (on the device), host_memory (what is free beside it)
+    """
+    share = min(wish, Budget.of(memory, operator.device).total // 2)
+    if isinstance(operator, Hessian):
+        operator.reserve(share)
+    return {"memory": share, "host_memory": available_memory(torch.device("cpu"))}
 
 
 @contextmanager

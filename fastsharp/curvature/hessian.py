@@ -99,6 +99,10 @@ class Hessian(SymmetricOperator):
     def check_unchanged(self) -> None:
         self.objective.check_values()
 
+    def reserve(self, nbytes: int) -> None:
+        """Leave `nbytes` of the memory budget to a solver's basis: kept graphs get what is left of it."""
+        self.objective.reserve(nbytes)
+
     def minibatch_graph(self, batch: Any, index: int = 0) -> tuple[GradientGraph, float]:
         """A fresh gradient graph of one batch and its scale in the numerator of L; call inside `objective.quiet()`."""
         value, graph = self._graph(batch, index)

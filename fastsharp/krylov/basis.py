@@ -108,7 +108,7 @@ class Rows(Basis):
 
     def combine(self, S: torch.Tensor) -> torch.Tensor:
         X = torch.empty((S.shape[0], self.n), dtype=self.dtype, device=self.device)
-        return normalise_rows(ops.combine(S.to(self.device), self.rows(S.shape[1]), out=X))
+        return normalise_rows(ops.combine(S.to(self.device).contiguous(), self.rows(S.shape[1]), out=X))
 
     def compress(self, S: torch.Tensor) -> None:
         (kept, j), S = S.shape, S.to(self.device)
@@ -187,7 +187,7 @@ class HalfRows(_Ring):
     def combine(self, S: torch.Tensor) -> torch.Tensor:
         j = S.shape[1]
         X = torch.empty((S.shape[0], self.n), dtype=self.dtype, device=self.device)
-        return normalise_rows(ops.combine(S.to(self.device) * self._scales[:j], self._storage[:j, : self.n], out=X))
+        return normalise_rows(ops.combine((S.to(self.device) * self._scales[:j]).contiguous(), self._storage[:j, : self.n], out=X))
 
     def compress(self, S: torch.Tensor) -> None:
         kept, j = S.shape
