@@ -22,7 +22,7 @@ def read_variants(x: Tensor) -> list[Variant]:
     module = _registry.native(x.device.type)
     if x.device.type == "cpu" and not isinstance(module, str):
         out = torch.empty(1, dtype=torch.float64)
-        work = torch.empty(module.workspace_size(x.numel(), 0), dtype=torch.float64)
+        work = torch.empty(module.workspace_size(1, 1, x.numel(), 0), dtype=torch.float64)
         kernel = module.read_stream_f32 if x.dtype == torch.float32 else module.read_stream_f64
         at = _border.address
         variants.insert(0, Variant("read_stream", lambda: kernel(at(x), x.numel(), at(out), at(work), torch.get_num_threads()), size))

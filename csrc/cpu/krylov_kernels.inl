@@ -1,57 +1,12 @@
-// Kernels of one tile, included by krylov.cpp once per instruction set with
-//   FS_LEVEL   namespace        FS_TARGET   target attribute        FS_BYTES   bytes of a vector register
-//   FS_TO_DOUBLE(x), FS_TO_FLOAT(x)         conversion of a whole register: compilers split __builtin_convertvector in two
-// No include guard on purpose. Nothing here may call an inline function of the standard library: the linker could keep the
-// copy compiled for the larger instruction set.
+// alpha, dots and update on one tile, for one instruction set; see levels.inl.
 
 namespace fastsharp::cpu::FS_LEVEL {
 
-#define FS_INLINE FS_TARGET inline __attribute__((always_inline))
+namespace {
 
-// A register of T; HalfFloat has as many floats as a register has doubles. Spelled out per type: the attribute
-// is ignored on a template parameter.
-using Float = float __attribute__((vector_size(FS_BYTES)));
-using HalfFloat = float __attribute__((vector_size(FS_BYTES / 2)));
-using Wide = double __attribute__((vector_size(FS_BYTES)));
+#include "registers.inl"
 
-template <class T> struct Register;
-template <> struct Register<float> {
-    using Full = Float;
-};
-template <> struct Register<double> {
-    using Full = Wide;
-};
-template <class T> using Vec = typename Register<T>::Full;
-
-template <class T> inline constexpr i64 kWidth = FS_BYTES / static_cast<i64>(sizeof(T));
-inline constexpr i64 kWide = kWidth<double>;
-
-template <class V, class T> FS_INLINE V load(const T* p) {
-    V v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-}
-
-FS_INLINE Wide widen(const float* p) { return FS_TO_DOUBLE(load<HalfFloat>(p)); }
-FS_INLINE Wide widen(const double* p) { return load<Wide>(p); }
-
-// Rounds to T, stores, and gives back what was stored.
-FS_INLINE Wide store(float* p, Wide x) {
-    const HalfFloat rounded = FS_TO_FLOAT(x);
-    __builtin_memcpy(p, &rounded, sizeof rounded);
-    return FS_TO_DOUBLE(rounded);
-}
-FS_INLINE Wide store(double* p, Wide x) {
-    __builtin_memcpy(p, &x, sizeof x);
-    return x;
-}
-
-FS_INLINE double sum(Wide x) {
-    double s = 0;
-    for (i64 k = 0; k < kWide; ++k)
-        s += x[k];
-    return s;
-}
+#include "accumulate.inl"
 
 template <class T> FS_TARGET double alpha_tile(const T* v, const T* w, i64 n) {
     Wide s0{}, s1{};
@@ -62,12 +17,12 @@ template <class T> FS_TARGET double alpha_tile(const T* v, const T* w, i64 n) {
     }
     double s = sum(s0 + s1);
     for (; i < n; ++i)
-        s += static_cast<double>(v[i]) * static_cast<double>(w[i]);
+        s += one(v[i]) * one(w[i]);
     return s;
 }
 
 // w <- w - a v1 - b v2 with K of the two terms present; returns w'w of what was stored.
-template <int K, class T> FS_TARGET double remove_tile(T* w, const T* v1, double a, const T* v2, double b, i64 n) {
+template <int K, class T> FS_TARGET double remove_terms(T* w, const T* v1, double a, const T* v2, double b, i64 n) {
     Wide s{};
     i64 i = 0;
     for (; i + kWide <= n; i += kWide) {
@@ -82,112 +37,148 @@ template <int K, class T> FS_TARGET double remove_tile(T* w, const T* v1, double
     }
     double total = sum(s);
     for (; i < n; ++i) {
-        double x = static_cast<double>(w[i]);
+        double x = one(w[i]);
         if constexpr (K >= 1)
-            x -= a * static_cast<double>(v1[i]);
+            x -= a * one(v1[i]);
         if constexpr (K >= 2)
-            x -= b * static_cast<double>(v2[i]);
+            x -= b * one(v2[i]);
         if constexpr (K >= 1)
-            w[i] = static_cast<T>(x);
-        const double stored = static_cast<double>(w[i]);
-        total += stored * stored;
+            store_one(w + i, x);
+        total += one(w[i]) * one(w[i]);
     }
     return total;
 }
 
-// out[r] += V[r]'w for R rows: one load of w serves all of them. Products in T over chunks, chunk sums in double.
-template <int R, class T> FS_TARGET void dots_rows(const T* V, i64 ldv, const T* w, i64 n, double* out) {
+template <class T> FS_TARGET double remove_tile(T* w, const Terms<T>& t, i64 n) {
+    const bool first = t.v1 != nullptr && t.a1 != 0;
+    const bool second = t.v2 != nullptr && t.a2 != 0;
+    if (first && second)
+        return remove_terms<2>(w, t.v1, t.a1, t.v2, t.a2, n);
+    if (first)
+        return remove_terms<1>(w, t.v1, t.a1, t.v2, t.a2, n);
+    if (second)
+        return remove_terms<1>(w, t.v2, t.a2, t.v1, t.a1, n);
+    return remove_terms<0>(w, t.v1, t.a1, t.v2, t.a2, n);
+}
+
+// out[b][r] += V[r]'w[b] for R rows and B vectors, R B accumulators. Products in T over chunks, chunk sums in double; the order of
+// the additions of one pair (r, b) depends neither on R nor on B.
+template <int R, int B, class S, class T>
+FS_TARGET void dots_rows(const S* V, i64 V_row, const T* w, i64 w_row, i64 n, double* out, i64 out_row) {
     constexpr i64 W = kWidth<T>;
-    Wide s[R] = {};
-    double tail[R] = {};
+    Wide s[B][R] = {};
+    double tail[B][R] = {};
     for (i64 i = 0; i < n;) {
         const i64 end = n - i < kChunk ? n : i + kChunk;
-        Vec<T> acc[R] = {};
+        Vec<T> acc[B][R] = {};
         for (; i + W <= end; i += W) {
-            const auto x = load<Vec<T>>(w + i);
+            Vec<T> v[R];
             for (int r = 0; r < R; ++r)
-                acc[r] += load<Vec<T>>(V + r * ldv + i) * x;
+                v[r] = as(V + r * V_row + i, T{});
+            for (int b = 0; b < B; ++b) {
+                const auto x = load<Vec<T>>(w + b * w_row + i);
+                for (int r = 0; r < R; ++r)
+                    acc[b][r] += v[r] * x;
+            }
         }
-        for (int r = 0; r < R; ++r) {
-            T lanes[W];
-            __builtin_memcpy(lanes, &acc[r], sizeof lanes);
-            for (i64 k = 0; k < W; k += kWide)
-                s[r] += widen(lanes + k);
+        for (int b = 0; b < B; ++b) {
+            for (int r = 0; r < R; ++r) {
+                T lanes[W];
+                __builtin_memcpy(lanes, &acc[b][r], sizeof lanes);
+                for (i64 k = 0; k < W; k += kWide)
+                    s[b][r] += widen(lanes + k);
+            }
         }
         for (; i < end; ++i) {
-            for (int r = 0; r < R; ++r)
-                tail[r] += static_cast<double>(V[r * ldv + i]) * static_cast<double>(w[i]);
+            for (int b = 0; b < B; ++b) {
+                for (int r = 0; r < R; ++r)
+                    tail[b][r] += one(V[r * V_row + i]) * one(w[b * w_row + i]);
+            }
         }
     }
-    for (int r = 0; r < R; ++r)
-        out[r] += sum(s[r]) + tail[r];
-}
-
-template <class T> FS_TARGET void dots_tile(const T* V, i64 ldv, T* w, double a, double b, i64 j, i64 n, double* out) {
-    const T* v1 = V + (j - 1) * ldv;
-    const T* v2 = j >= 2 ? v1 - ldv : nullptr;
-    if (v2 == nullptr)
-        b = 0;
-    if (a != 0 && b != 0)
-        out[j] += remove_tile<2>(w, v1, a, v2, b, n);
-    else if (a != 0)
-        out[j] += remove_tile<1>(w, v1, a, v2, b, n);
-    else if (b != 0)
-        out[j] += remove_tile<1>(w, v2, b, v1, a, n);
-    else
-        out[j] += remove_tile<0>(w, v1, a, v2, b, n);
-    i64 r = 0;
-    for (; r + kRows <= j; r += kRows)
-        dots_rows<kRows>(V + r * ldv, ldv, w, n, out + r);
-    for (; r < j; ++r)
-        dots_rows<1>(V + r * ldv, ldv, w, n, out + r);
-}
-
-// acc <- acc - sum of R rows. `next` is what will be read after them, R rows as well: without the hint every row would begin
-// with the latency of memory, since the hardware prefetcher stops at pages. A hint never faults and may lie behind the end.
-template <int R, class T> FS_TARGET void update_rows(const T* V, i64 ldv, const double* c, double* acc, i64 n, const T* next) {
-    constexpr i64 kStep = 64 / static_cast<i64>(sizeof(T)); // a cache line of every row
-    i64 i = 0;
-    for (; i + kStep <= n; i += kStep) {
-        Wide x[kStep / kWide];
-        __builtin_memcpy(x, acc + i, sizeof x);
-        for (int r = 0; r < R; ++r) {
-            for (i64 k = 0; k < kStep / kWide; ++k)
-                x[k] -= c[r] * widen(V + r * ldv + i + k * kWide);
-            __builtin_prefetch(next + r * ldv + i, 0, 2);
-        }
-        __builtin_memcpy(acc + i, x, sizeof x);
-    }
-    for (; i < n; ++i) {
+    for (int b = 0; b < B; ++b) {
         for (int r = 0; r < R; ++r)
-            acc[i] -= c[r] * static_cast<double>(V[r * ldv + i]);
+            out[b * out_row + r] += sum(s[b][r]) + tail[b][r];
     }
 }
 
-// n <= kTile. The sum of all j terms is kept in double and rounded once.
-template <class T> FS_TARGET double update_tile(const T* V, i64 ldv, T* w, const double* c, i64 j, i64 n) {
-    alignas(64) double acc[kTile];
-    for (i64 k = 0; k < n; ++k)
-        acc[k] = static_cast<double>(w[k]);
+inline constexpr int kAccumulators = FS_BYTES == 64 ? 16 : 8; // of 32 and 16 registers
+constexpr int rows_beside(int vectors) { return kAccumulators / vectors < 4 ? kAccumulators / vectors : 4; }
+
+// R rows against all b vectors, in groups of 8, 4, 2, 1: the rows are read from memory once and stay in the first-level cache.
+template <int R, class S, class T> FS_TARGET void dots_block(const Tile<S, T>& t, i64 r, double* out) {
+    i64 b = 0;
+    const auto group = [&](auto size) __attribute__((always_inline)) {
+        constexpr int B = decltype(size)::value;
+        constexpr int kAtOnce = R < rows_beside(B) ? R : rows_beside(B);
+        for (; b + B <= t.b; b += B) {
+            for (int k = 0; k < R; k += kAtOnce)
+                dots_rows<kAtOnce, B>(t.V + (r + k) * t.V_row, t.V_row, t.w + b * t.w_row, t.w_row, t.n, out + b * (t.j + 1) + r + k,
+                                      t.j + 1);
+        }
+    };
+    group(Size<8>{});
+    group(Size<4>{});
+    group(Size<2>{});
+    group(Size<1>{});
+}
+
+template <class S, class T> FS_TARGET void dots_tile(const Tile<S, T>& t, const Terms<T>& terms, double* out) {
+    out[t.j] += remove_tile(t.w, terms, t.n);
+    for (i64 b = 1; b < t.b; ++b)
+        out[b * (t.j + 1) + t.j] += remove_tile(t.w + b * t.w_row, Terms<T>{}, t.n);
     i64 r = 0;
-    for (; r + kRows <= j; r += kRows) {
-        const T* next = r + 2 * kRows <= j ? V + (r + kRows) * ldv : V + kTile;
-        update_rows<kRows>(V + r * ldv, ldv, c + r, acc, n, next);
+    for (; r + kRows <= t.j; r += kRows)
+        dots_block<kRows>(t, r, out);
+    for (; r < t.j; ++r)
+        dots_block<1>(t, r, out);
+}
+
+template <int B, class S, class T>
+FS_TARGET void update_vectors(const Tile<S, T>& t, const Coefficients& c, const Next<S>& next, double* out) {
+    constexpr i64 kLength = kTile<S>;
+    alignas(64) double acc[B * kLength];
+    for (int b = 0; b < B; ++b) {
+        for (i64 k = 0; k < t.n; ++k)
+            acc[b * kLength + k] = one(t.w[b * t.w_row + k]);
     }
-    for (; r < j; ++r)
-        update_rows<1>(V + r * ldv, ldv, c + r, acc, n, V + (r + 1) * ldv);
-    Wide s{};
-    i64 i = 0;
-    for (; i + kWide <= n; i += kWide) {
-        const Wide x = store(w + i, widen(acc + i));
-        s += x * x;
+    accumulate<B>(t.V, t.V_row, t.j, c.data, c.row, acc, kLength, t.n, t.V + kLength);
+    for (int b = 0; b < B; ++b) {
+        T* w = t.w + b * t.w_row;
+        Wide s{};
+        i64 i = 0;
+        for (; i + kWide <= t.n; i += kWide) {
+            const Wide x = store(w + i, widen(acc + b * kLength + i));
+            s += x * x;
+            if (next.row != nullptr)
+                store(next.row + i, next.factor * x);
+        }
+        double total = sum(s);
+        for (; i < t.n; ++i) {
+            store_one(w + i, acc[b * kLength + i]);
+            const double x = one(w[i]);
+            total += x * x;
+            if (next.row != nullptr)
+                store_one(next.row + i, next.factor * x);
+        }
+        out[b] += total;
     }
-    double total = sum(s);
-    for (; i < n; ++i) {
-        w[i] = static_cast<T>(acc[i]);
-        total += static_cast<double>(w[i]) * static_cast<double>(w[i]);
-    }
-    return total;
+}
+
+// The sum of all j terms is kept in double and rounded once. V comes from memory for the first eight vectors and from the
+// second-level cache for further ones.
+template <class S, class T> FS_TARGET void update_tile(const Tile<S, T>& t, const Coefficients& c, const Next<S>& next, double* out) {
+    i64 b = 0;
+    const auto group = [&](auto size) __attribute__((always_inline)) {
+        constexpr int B = decltype(size)::value;
+        for (; b + B <= t.b; b += B)
+            update_vectors<B>(Tile<S, T>{t.V, t.V_row, t.w + b * t.w_row, t.w_row, B, t.j, t.n}, Coefficients{c.data + b * c.row, c.row},
+                              next, out + b);
+    };
+    group(Size<8>{});
+    group(Size<4>{});
+    group(Size<2>{});
+    group(Size<1>{});
 }
 
 template <class T> FS_TARGET double read_tile(const T* x, i64 n) {
@@ -208,8 +199,9 @@ template <class T> FS_TARGET double read_tile(const T* x, i64 n) {
     return total;
 }
 
-template <class T> inline constexpr Tiles<T> kTiles{alpha_tile<T>, dots_tile<T>, update_tile<T>, read_tile<T>};
+} // namespace
 
-#undef FS_INLINE
+template <class T> inline constexpr VectorKernels<T> kVector{alpha_tile<T>, read_tile<T>};
+template <class S, class T> inline constexpr BasisKernels<S, T> kBasis{dots_tile<S, T>, update_tile<S, T>};
 
 } // namespace fastsharp::cpu::FS_LEVEL

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -21,7 +21,8 @@ from fastsharp.errors import InputError, KernelError
 from fastsharp.ops import _border
 from fastsharp.ops.reference import krylov as reference
 
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
+_KINDS = {"rademacher": 0, "normal": 1}
 
 
 @dataclass(frozen=True)
@@ -97,44 +98,56 @@ def force(backend: str | Backend) -> Iterator[Backend]:
 
 
 def _native_backend(name: str, module: ModuleType) -> Backend:
-    """The ops of a native module: addresses, sizes and a workspace for the partial sums go in, nothing else."""
-    where = _cpu_place if name == "cpu" else partial(_cuda_place, module)
-    at = _border.address
+    """The ops of a native module: addresses, sizes and strides go in, and a workspace for the partial sums."""
+    place = _cpu_place if name == "cpu" else _cuda_place
+    at, call = _border.address, _border.call
+    kernels = {op: {d: getattr(module, f"{op}_{suffix}") for d, suffix in _SUFFIX.items()} for op in ("dots", "update", "combine")}
+    kernels |= {op: {d: getattr(module, f"{op}_{_SUFFIX[d]}") for d in _border.VECTOR_DTYPES} for op in ("alpha", "probes")}
+
+    def work(E: int, b: int, n: int, j: int, device: torch.device) -> Tensor:
+        return torch.empty(module.workspace_size(E, b, n, j), dtype=torch.float64, device=device)
 
     def alpha(v: Tensor, w: Tensor, out: Tensor) -> None:
-        for e in range(v.shape[0]):
-            work, place = _work(module, w, 0), where(w)
-            _border.call(getattr(module, "alpha_" + _SUFFIX[w.dtype]), at(v[e]), at(w[e]), w.shape[1], at(out[e]), at(work), *place)
+        (E, n), partial = w.shape, work(w.shape[0], 1, w.shape[1], 0, w.device)
+        strides = (v.stride(0), w.stride(0), out.stride(0))
+        call(kernels["alpha"][w.dtype], E, n, at(v), strides[0], at(w), strides[1], at(out), strides[2], at(partial), *place(w.device))
 
     def dots(V: Tensor, w: Tensor, removed: reference.Removed | None, out: Tensor) -> None:
-        if w.shape[1] > 1 or V.dtype != w.dtype or (removed is not None and at(removed[1]) != at(V[:, -1])):
-            return reference.dots(V, w, removed, out)
-        (E, j, n), kernel, none = V.shape, getattr(module, "dots_" + _SUFFIX[w.dtype]), torch.zeros(2, dtype=torch.float64, device=w.device)
-        for e in range(E):
-            work, place, ab = _work(module, w, j), where(w), none if removed is None else removed[0][e]
-            _border.call(kernel, at(V[e]), V.stride(1), at(w[e]), at(ab), j, n, at(out[e]), at(work), *place)
-        return None
+        ab, last, before = (None, None, None) if removed is None else removed
+        (E, b, n), j = w.shape, V.shape[1]
+        partial = work(E, b, n, j, w.device)
+        terms = (*_rows(ab, 1), *_rows(last, 1), *_rows(before, 1))
+        vectors = (*_rows(V, 2), *_rows(w, 2))
+        call(kernels["dots"][V.dtype], E, b, j, n, *vectors, *terms, *_rows(out, 2), at(partial), *place(w.device))
 
     def update(V: Tensor, w: Tensor, c: Tensor, row: reference.Row | None, out: Tensor) -> None:
-        if w.shape[1] > 1 or V.dtype != w.dtype or row is not None:
-            return reference.update(V, w, c, row, out)
-        (E, j, n), kernel = V.shape, getattr(module, "update_" + _SUFFIX[w.dtype])
-        for e in range(E):
-            work, place = _work(module, w, 0), where(w)
-            _border.call(kernel, at(V[e]), V.stride(1), at(w[e]), at(c[e]), j, n, at(out[e]), at(work), *place)
-        return None
+        target, factor = (None, None) if row is None else row
+        (E, b, n), j = w.shape, V.shape[1]
+        partial = work(E, b, n, 0, w.device)
+        vectors = (*_rows(V, 2), *_rows(w, 2))
+        terms = (*_rows(c, 2), *_rows(target, 1), *_rows(factor, 1))
+        call(kernels["update"][V.dtype], E, b, j, n, *vectors, *terms, *_rows(out, 2), at(partial), *place(w.device))
 
-    return Backend(name, (name,), alpha, dots, update, reference.combine, reference.probes)
+    def combine(S: Tensor, V: Tensor, out: Tensor) -> None:
+        (k, j), n = S.shape, V.shape[1]
+        call(kernels["combine"][V.dtype], *_rows(S, 1), k, *_rows(V, 1), j, n, *_rows(out, 1), *place(V.device))
+
+    def probes(kind: str, seed: int, first: int, out: Tensor) -> None:
+        b, n = out.shape
+        call(kernels["probes"][out.dtype], _KINDS[kind], seed & 2**64 - 1, first, *_rows(out, 1), b, n, *place(out.device))
+
+    return Backend(name, (name,), alpha, dots, update, combine, probes)
 
 
-def _work(module: ModuleType, w: Tensor, j: int) -> Tensor:
-    return torch.empty(module.workspace_size(w.shape[-1], j), dtype=torch.float64, device=w.device)
+def _rows(t: Tensor | None, strides: int) -> tuple[int, ...]:
+    """The address of t and its first strides; zeros for what is not there."""
+    return (0,) * (1 + strides) if t is None else (_border.address(t), *t.stride()[:strides])
 
 
-def _cpu_place(w: Tensor) -> tuple[int, ...]:
+def _cpu_place(device: torch.device) -> tuple[int, ...]:
     return (torch.get_num_threads(),)
 
 
-def _cuda_place(module: ModuleType, w: Tensor) -> tuple[int, ...]:
-    index = w.device.index if w.device.index is not None else torch.cuda.current_device()
+def _cuda_place(device: torch.device) -> tuple[int, ...]:
+    index = device.index if device.index is not None else torch.cuda.current_device()
     return index, torch.cuda.current_stream(index).cuda_stream

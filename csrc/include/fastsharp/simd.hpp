@@ -10,6 +10,7 @@
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #define FASTSHARP_X86 1
+#include <cpuid.h>
 #else
 #define FASTSHARP_X86 0
 #endif
@@ -22,9 +23,12 @@ inline const char* name(Simd level) { return level == Simd::avx512 ? "avx512" : 
 
 inline Simd simd_supported() {
 #if FASTSHARP_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0; // not every compiler's builtin knows it
+    const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return Simd::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (avx2)
         return Simd::avx2;
 #endif
     return Simd::scalar;
