@@ -83,7 +83,9 @@ def lanczos(args: argparse.Namespace) -> int:
     model = _factory(args.model)
     load_weights(model, args.weights)
     images = data.load(args.data, split=args.split, root=args.root, samples=args.samples, seed=args.seed)
-    options = {key: getattr(args, key) for key in ("k", "which", "tol", "criterion", "max_iter", "seed", "params", "bn", "dropout")}
+    options = {
+        key: getattr(args, key) for key in ("k", "which", "tol", "criterion", "max_iter", "seed", "params", "bn", "dropout", "resume")
+    }
     options["loss_fn"] = F.mse_loss if args.loss == "mse" else F.cross_entropy
     return _measure(
         model.to(device),
@@ -263,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dropout", choices=("eval", "fixed-masks"), help="which Hessian is meant for Dropout (eval)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
     p.add_argument("--out", metavar="DIR", help="folder for result.json and eigenvalues.png")
+    p.add_argument("--resume", metavar="LOG", help="log of the products: created, or continued after a crash")
     p.add_argument("--vectors", action="store_true", help="also write eigenvectors.safetensors into --out")
     p.set_defaults(run=lanczos)
 

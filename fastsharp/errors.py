@@ -208,6 +208,18 @@ class DataFormatError(FastsharpError, ValueError):
     code = "FS311"
 
 
+class LogError(FastsharpError, RuntimeError):
+    """The log of a run cannot be opened, is in use, or cannot be read."""
+
+    code = "FS320"
+
+
+class ResumeMismatchError(FastsharpError, ValueError):
+    """The log that a run should continue belongs to another run."""
+
+    code = "FS321"
+
+
 # --- FS4xx: a run that ended early; all carry what was computed -----------------------------------------------------
 
 
@@ -251,3 +263,7 @@ class UnusedParamWarning(UserWarning):
 
 class UnstableDataWarning(UserWarning):
     """A second draw from the loader yields other samples; the run goes on with the first draw, frozen."""
+
+
+class LogStoppedWarning(UserWarning):
+    """The log of a run stopped growing, such as on a full disk; the run itself goes on."""

@@ -16,6 +16,8 @@ ALLOWED = {
     "rng": set(),
     "ops": {"errors"},
     "operator": {"errors"},
+    "store": {"errors"},
+    "recorded": {"errors", "operator", "store"},
     "params": {"errors"},
     "guard": {"errors"},
     "batches": {"errors", "guard"},

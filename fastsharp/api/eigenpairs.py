@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
+from fastsharp.api.resume import recorded
 from fastsharp.api.subject import basis_memory, checked, operator_of
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
 from fastsharp.krylov.plan import whole_bytes
@@ -13,6 +15,8 @@ from fastsharp.krylov.request import check_arguments
 from fastsharp.params import Selector
 from fastsharp.progress import Progress
 from fastsharp.results import Eigenpairs
+
+_HOW_LONG = ("tol", "criterion", "max_iter", "verify")  # the same vectors in the same order, more or fewer of them
 
 
 def lanczos(
@@ -38,6 +42,7 @@ def lanczos(
     strict: bool = False,
     strict_data: bool = False,
     preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
 ) -> Eigenpairs:
     """H x_i = lambda_i x_i: k eigenpairs of a loss Hessian, each with its true residual ||H x_i - lambda_i x_i||.
 
@@ -67,6 +72,8 @@ def lanczos(
     strict     raise NotConvergedError instead of the warning; both carry `.partial`
     strict_data  raise when the loader returns other samples on a second draw, instead of the warning
     preflight  "full", "fast" or "off": see `fastsharp.preflight`
+    resume     path of a log of the products: created if absent, continued if there. A continued run gives the bits of an uninterrupted
+               one; the preflight runs before and is not logged
 
     Returns Eigenpairs: values float64 (k,), vectors (k, n) rows on the model's device, residuals, error bounds, flags, notes.
     Cost: `n_matvec` Krylov products + k for the residuals + preflight (4 products on one batch).
@@ -101,5 +108,6 @@ def lanczos(
     budget: dict[str, Any] = basis_memory(operator, memory, whole_bytes(operator.n, operator.dtype, request))
     check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
     shown = Progress(progress)
-    with shown, torch.inference_mode(False), torch.no_grad():  # vectors that outlive the caller's inference mode
-        return krylov_lanczos(operator, v0=v0, check=check, on_step=shown.on_step, on_plan=shown.on_plan, **budget, **arguments)
+    logged = recorded(operator, resume, "lanczos", {**arguments, "v0": v0}, may_change=_HOW_LONG)
+    with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
+        return krylov_lanczos(A, v0=v0, check=check, on_step=shown.on_step, on_plan=shown.on_plan, **budget, **arguments)

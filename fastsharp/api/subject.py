@@ -12,7 +12,7 @@ from torch import nn
 from fastsharp.batches import Budget, available_memory
 from fastsharp.curvature.hessian import Hessian
 from fastsharp.errors import InputError, Interrupted
-from fastsharp.operator import SymmetricOperator, as_operator
+from fastsharp.operator import DenseOperator, SymmetricOperator, as_operator
 from fastsharp.preflight import LEVELS
 from fastsharp.preflight import preflight as run_preflight
 
@@ -46,6 +46,8 @@ def checked(operator: SymmetricOperator, *, preflight: str = "fast", strict_data
         if operator.preflight["level"] == "off":
             with first_steps():
                 run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
+        return "off"
+    if isinstance(operator, DenseOperator):  # compared with its transpose at construction; a wrapped one no longer shows it
         return "off"
     return "off" if preflight == "off" else "auto"
 
