@@ -153,7 +153,8 @@ class Modes:
                 recorded.append((mean, var))
             else:
                 mean, var = next(calls)
-            return F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), m.weight, m.bias, training=False, eps=m.eps)
+            dtype = torch.promote_types(x.dtype, mean.dtype)  # under autocast x is bfloat16 beside float32 weights
+            return F.batch_norm(x, mean.to(dtype), var.to(dtype), m.weight, m.bias, training=False, eps=m.eps)
 
         stack.callback(m.__dict__.pop, "forward", None)
         m.__dict__["forward"] = forward

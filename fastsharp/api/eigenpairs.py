@@ -7,11 +7,15 @@ from typing import Any
 import torch
 
 from fastsharp.api.subject import checked, operator_of
+from fastsharp.errors import InputError
+from fastsharp.krylov.ladder import ladder
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
 from fastsharp.krylov.request import check_arguments
 from fastsharp.params import Selector
 from fastsharp.progress import Progress
 from fastsharp.results import Eigenpairs
+
+PRECISIONS = ("auto", "bf16", "tf32")
 
 
 def lanczos(
@@ -28,6 +32,7 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    precision: str = "auto",
     memory: str | int = "auto",
     method: str = "auto",
     verify: bool = True,
@@ -56,6 +61,8 @@ def lanczos(
     reduction  "auto", "mean" (of the example-weighted mean) or "sum"
     bn         None refuses BatchNorm in train mode; "eval"; "frozen-batch-stats"
     dropout    None refuses active Dropout; "eval"; "fixed-masks"
+    precision  "auto": the parameters' dtype; "bf16", "tf32" (CUDA): cheap products for the Krylov run, exact ones for values and
+               residuals, with as many residual steps as `tol` needs
     memory     bytes for frozen data and kept graphs: "auto" (half of what is free), "2GiB", a number
     method     "lanczos", "dense", or "auto" (dense for n <= max(64, 2 k))
     verify     False skips the k products for true residuals and says so
@@ -71,6 +78,12 @@ def lanczos(
     `.partial`. All copies of a multiple eigenvalue are not promised, nor interior ones.
     Source: Lanczos with full reorthogonalisation, Parlett, The Symmetric Eigenvalue Problem (1998), section 13.
     """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision!r} is none of {', '.join(map(repr, PRECISIONS))}.")
+    if precision != "auto" and not verify:
+        raise InputError(
+            f"precision={precision!r} takes its values from exact products, verify=False leaves those out. Drop one of the two."
+        )
     operator = operator_of(
         model,
         loader,
@@ -90,12 +103,14 @@ def lanczos(
         "criterion": criterion,
         "max_iter": max_iter,
         "method": method,
-        "verify": verify,
         "seed": seed,
         "strict": strict,
     }
     check_arguments(operator.n, **arguments)  # before the preflight spends products
     check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
+    cheap = None if precision == "auto" else operator.cheap(precision)
     shown = Progress(progress)
     with shown, torch.inference_mode(False), torch.no_grad():  # vectors that outlive the caller's inference mode
-        return krylov_lanczos(operator, v0=v0, on_step=shown.on_step, check=check, **arguments)
+        if cheap is not None:
+            return ladder(cheap, operator, v0=v0, on_step=shown.on_step, check=check, **arguments)
+        return krylov_lanczos(operator, verify=verify, v0=v0, on_step=shown.on_step, check=check, **arguments)

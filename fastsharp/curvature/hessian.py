@@ -93,7 +93,10 @@ class Hessian(SymmetricOperator):
 
     def refresh(self) -> Hessian:
         """Take the model's present weights; the data stay the frozen ones, the preflight runs anew before a solver. Returns self."""
-        self.objective.record_weights()
+        if self._records == self.objective.records:
+            self.objective.record_weights()
+        else:
+            self.objective.check_values()  # another operator on this objective has taken them
         self.preflight = {"level": "off"}
         self._reset()
         return self

@@ -9,8 +9,8 @@ noise was too large, the residuals span what is missing, and one more block (a r
 that whether an eigenvalue is missing from the list, as the start vector does in a plain run.
 *Stop test of the cheap run*: that of `krylov.stopping` with the tolerance and the floor which the noise allows: tol >= d, and
 d/16 ||T|| in place of 32 eps ||T||, below which values of the cheap operator are noise.
-*Fallback.* Where the residual steps do not reach tol, or the cheap products are no symmetric matrix, a run on the exact operator
-follows, started from the sum of the vectors so far.
+*Fallback.* Where the residual steps do not reach tol, or the cheap products are no symmetric matrix or not this one (a Ritz value and
+the exact Rayleigh quotient of its vector differ by more than sqrt(d) ||T||), a run on the exact operator follows.
 Sources: Parlett 1998, section 11 (Rayleigh-Ritz); residual steps are block Davidson without a preconditioner, that is block Krylov steps.
 """
 
@@ -117,6 +117,7 @@ class _Ladder:
             return rng.normal(exact.n, g, exact.dtype, exact.device)
 
         self.exact, self.request, self.probes = exact, request, probes
+        self._cheap = cheap
         self.state = Tridiagonal(cheap, draw() if v0 is None else _mix(v0, draw()), draw, request.max_iter)
         eps = max(self.state.eps, cheap.noise * _NOISE_FLOOR)
         targets = Targets(max(request.tol, cheap.noise), request.criterion, eps)
@@ -135,7 +136,11 @@ class _Ladder:
             self._iterate(on_step)
         except (NotSymmetricError, NonFiniteError) as error:
             return self._fall_back(None, f"the cheap products could not be used ({str(error).partition(chr(10))[0]})", on_step)
-        X, found = self._correct()
+        X, Y, apart = self._exact_block()
+        if apart > math.sqrt(max(self.state.eps, self._cheap.noise)) * self._norm:
+            moved = math.ldexp(apart, self._shift)
+            return self._fall_back(None, f"cheap and exact products differ: a value moved by {moved:.2g}", on_step)
+        X, found = self._correct(X, Y)
         if self.settled and not bool(found["converged"].all()):
             return self._fall_back(X, f"{self.steps} residual steps did not reach tol", on_step)
         result = Eigenpairs(
@@ -164,21 +169,25 @@ class _Ladder:
                 values = tuple(math.ldexp(t, self._shift) for t in self.rule.values)
                 on_step(self.state.n_matvec, values, self.rule.expected(self.state.n_matvec, self.request.max_iter))
 
-    def _correct(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Exact Rayleigh-Ritz, then residual steps while a wanted pair misses its target: the wanted vectors and what is known of them."""
+    def _exact_block(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """The k + 2 Ritz vectors X, exact products Y, and by how much the Rayleigh quotients differ from the Ritz values at most."""
         theta, _ = self.state.ritz()
         chosen = select(theta, self.request.which, self.request.k + _GUARD_VECTORS)
         others = torch.ones(theta.numel(), dtype=torch.bool)
         others[chosen] = False
-        self._norm = self.state.norm
+        self._unlisted, self._norm = theta[others], self.state.norm
         X = combine(self.state.coefficients(chosen), self.state.V)
         Y = self._product(X)
+        return X, Y, float((rayleigh(X, Y)[0] - theta[chosen]).abs().max())
+
+    def _correct(self, X: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Rayleigh-Ritz, then residual steps while a wanted pair misses its target: the wanted vectors and what is known of them."""
         while True:
             values, X, Y = rayleigh_ritz(X, Y)
             values, residuals = rayleigh(X, Y)
             self._norm = max(self._norm, float(values.abs().max()))
             wanted = select(values, self.request.which, self.request.k)
-            found = self._judged(values, residuals, theta[others], wanted)
+            found = self._judged(values, residuals, wanted)
             if bool(found["converged"].all()) or self.steps == _RESIDUAL_STEPS:
                 break
             missed = wanted[~found["converged"]].to(X.device)
@@ -193,9 +202,9 @@ class _Ladder:
         self.exact_products += len(X)
         return scale(self.exact.apply(X), -self._shift)
 
-    def _judged(self, values: torch.Tensor, residuals: torch.Tensor, others: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _judged(self, values: torch.Tensor, residuals: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
         """Values, residuals, bounds and flags of the wanted; the cheap run's other Ritz values stand beside them in the gaps."""
-        theta, r = torch.cat([values, others]), torch.cat([residuals, torch.zeros_like(others)])
+        theta, r = torch.cat([values, self._unlisted]), torch.cat([residuals, torch.zeros_like(self._unlisted)])
         bounds = value_bounds(theta, r)[wanted] if self.settled else residuals[wanted]
         bounds = bounds.clamp(min=rounding(self.state.eps, self._norm))
         met = self.targets.met(values[wanted], residuals[wanted], bounds, self._norm)
