@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastsharp.results import Eigenpairs
+    from fastsharp.results import Bracket, Eigenpairs
 
 
 def listing(items: Sequence[str], most: int = 6) -> str:
@@ -234,14 +234,14 @@ class NotConvergedError(FastsharpError, RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; `.partial` holds the pairs so far, or None before the first step.
+    """Ctrl-C during a run; `.partial` holds what was computed so far, or None before the first step.
 
     A KeyboardInterrupt, so that no `except Exception` swallows it.
     """
 
     code = "FS401"
 
-    def __init__(self, message: str, partial: Eigenpairs | None) -> None:
+    def __init__(self, message: str, partial: Any) -> None:
         super().__init__(f"{message} [{self.code}]")
         self.partial = partial
 
@@ -252,7 +252,7 @@ class Interrupted(KeyboardInterrupt):
 class NotConvergedWarning(UserWarning):
     """At least one pair missed its tolerance; `.partial` holds all pairs with their flags."""
 
-    def __init__(self, message: str, partial: Eigenpairs) -> None:
+    def __init__(self, message: str, partial: Eigenpairs | Bracket) -> None:
         super().__init__(message)
         self.partial = partial
 

@@ -153,18 +153,22 @@ class Modes:
                 recorded.append((mean, var))
             else:
                 mean, var = next(calls)
-            return F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), m.weight, m.bias, training=False, eps=m.eps)
+            dtype = torch.promote_types(x.dtype, mean.dtype)  # under autocast x is bfloat16 beside float32 weights
+            return F.batch_norm(x, mean.to(dtype), var.to(dtype), m.weight, m.bias, training=False, eps=m.eps)
 
         stack.callback(m.__dict__.pop, "forward", None)
         m.__dict__["forward"] = forward
 
 
 @contextmanager
-def untouched(model: nn.Module, device: torch.device, *, by_value: bool = False, forward: bool = True) -> Iterator[None]:
+def untouched(
+    model: nn.Module, device: torch.device, *, by_value: bool = False, forward: bool = True, tf32: bool = False
+) -> Iterator[None]:
     """Switch to twice differentiable evaluation, and put every flag, buffer and RNG state back on the way out.
 
     by_value   look for buffers that were written without a mark as well, at the cost of a comparison on the device
     forward    False where the model itself will not run, as with kept graphs: then no copies of its buffers are made
+    tf32       multiply and convolve float32 in TF32, on CUDA devices; everywhere else float32 stays float32
     """
     with ExitStack() as stack:
         stack.enter_context(rng_restored(device))
@@ -173,7 +177,7 @@ def untouched(model: nn.Module, device: torch.device, *, by_value: bool = False,
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         _set(stack, torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
-        _full_precision(stack, model, device)
+        _set_precision(stack, model, device, tf32)
         if "torch._dynamo" in sys.modules:  # compiled graphs have no second derivative
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         held = [
@@ -230,8 +234,8 @@ def _set(stack: ExitStack, get: Callable[[], Any], put: Callable[[Any], Any], va
         put(value)
 
 
-def _full_precision(stack: ExitStack, model: nn.Module, device: torch.device) -> None:
-    """Strict float32 products. Only the per-operator flags are written, and only where they ask for less than float32:
+def _set_precision(stack: ExitStack, model: nn.Module, device: torch.device, tf32: bool) -> None:
+    """Strict float32 products, or TF32 ones. Only the per-operator flags are written, and only where they ask for something else:
     writing a flag that is already right would make torch's older flag API refuse to be read."""
     backends: list[Any]
     torch_backends: Any = torch.backends  # torch's stubs lack the flags of 2.9 and later
@@ -242,9 +246,9 @@ def _full_precision(stack: ExitStack, model: nn.Module, device: torch.device) ->
     else:
         backends = [torch_backends.mkldnn.matmul, torch_backends.mkldnn.conv, torch_backends.mkldnn.rnn]
     for backend in backends:
-        if backend.fp32_precision in ("tf32", "bf16"):
+        if (backend.fp32_precision != "tf32") if tf32 else (backend.fp32_precision in ("tf32", "bf16")):
             stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-            backend.fp32_precision = "ieee"
+            backend.fp32_precision = "tf32" if tf32 else "ieee"
 
 
 def version_of(t: torch.Tensor) -> int:

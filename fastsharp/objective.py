@@ -61,6 +61,7 @@ class Objective:
         self._graph_budget = budget - (0 if self.batches.streamed else self.batches.nbytes)
         self._reserved = 0
         self.seed = seed
+        self.records = 0  # how often the weights were recorded: operators that share this objective compare it
         self.loss = Loss(model, loss_fn, reduction)
         self._uses_attention = False
         self.record_weights()
@@ -108,9 +109,9 @@ class Objective:
             return self.loss(batch)
 
     @contextmanager
-    def quiet(self, *, by_value: bool = False, forward: bool = True) -> Iterator[None]:
+    def quiet(self, *, by_value: bool = False, forward: bool = True, tf32: bool = False) -> Iterator[None]:
         """Twice differentiable evaluation; everything of the caller's is restored on the way out. See `guard.untouched`."""
-        with untouched(self.model, self.device, by_value=by_value, forward=forward):
+        with untouched(self.model, self.device, by_value=by_value, forward=forward, tf32=tf32):
             yield
 
     def notes(self) -> list[str]:
@@ -152,6 +153,7 @@ class Objective:
         self.selection = again(self.model, self.selection)  # a parameter may have been replaced by another object
         self.modes.check()
         self.modes.clear()
+        self.records += 1
         self._marks = self._present_marks()
         self._sums = self._present_sums()
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import scipy.sparse.linalg
 
 _DTYPES = (torch.float32, torch.float64)
+BF16_NOISE, TF32_NOISE = 2.0**-8, 2.0**-11  # unit roundoffs: 8 and 11 significant bits
 
 
 class SymmetricOperator(ABC):
@@ -58,6 +59,17 @@ class SymmetricOperator(ABC):
     def layout(self) -> Any:
         """Names and shapes behind the n coordinates (a ParamLayout), None for a plain matrix."""
         return None
+
+    @property
+    def noise(self) -> float:
+        """Relative error ||Av - (product)|| / ||Av|| of a product beyond the rounding of `dtype`: 0 unless the products are cheap ones."""
+        return 0.0
+
+    def cheap(self, precision: str) -> SymmetricOperator:
+        """The same matrix by faster, less exact products, for `krylov.ladder`; InputError where the operator has none."""
+        raise InputError(
+            f"{type(self).__name__} has no products in precision {precision!r}. Use precision='auto', which takes the exact products."
+        )
 
     @abstractmethod
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
@@ -148,8 +160,30 @@ class DenseOperator(SymmetricOperator):
             )
         self._A = A
 
+    def cheap(self, precision: str) -> SymmetricOperator:
+        """ "bf16": matrix and vectors rounded to bfloat16 before they are multiplied, and the result once more."""
+        return _RoundedDense(self._A) if precision == "bf16" else super().cheap(precision)
+
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
         torch.matmul(V, self._A, out=out)
+
+
+@final
+class _RoundedDense(SymmetricOperator):
+    """A dense matrix whose products are those of its bfloat16 rounding."""
+
+    noise = BF16_NOISE
+
+    def __init__(self, A: torch.Tensor) -> None:
+        super().__init__(A.shape[0], A.dtype, A.device)
+        self._A = A.bfloat16()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ("products in bf16",)
+
+    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(V.bfloat16() @ self._A)
 
 
 @final
@@ -206,6 +240,14 @@ class CountingOperator(SymmetricOperator):
     @property
     def layout(self) -> Any:
         return self._inner.layout
+
+    @property
+    def noise(self) -> float:
+        return self._inner.noise
+
+    def cheap(self, precision: str) -> SymmetricOperator:
+        """The inner matrix's cheap products; they are not counted here."""
+        return self._inner.cheap(precision)
 
     def check_unchanged(self) -> None:
         self._inner.check_unchanged()

@@ -21,6 +21,7 @@ ALLOWED = {
     "params": {"errors"},
     "guard": {"errors"},
     "batches": {"errors", "guard"},
+    "samples": {"errors", "batches", "guard"},
     "losses": {"errors", "batches"},
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,

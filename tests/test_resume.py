@@ -201,3 +201,8 @@ def test_100_kills_at_random_moments_lose_at_most_one_step(tmp_path: Path) -> No
     found = json.loads(run.stdout)
     assert found["kills"] == 100 and found["hit"] >= 90 and found["while_computing"] >= 50, found
     assert found["most_lost"] <= 1 and found["same"] == 50, found
+
+
+def test_a_log_holds_the_products_of_one_operator(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="precision='bf16' multiplies by two"):
+        fastsharp.lanczos(torch.eye(100), k=2, precision="bf16", resume=tmp_path / "run.log")

@@ -1,3 +1,4 @@
 """The one-line calls: a model and its data in, a result with its doubt out."""
 
+from fastsharp.api.bracket import bracket as bracket
 from fastsharp.api.eigenpairs import lanczos as lanczos

@@ -9,6 +9,8 @@ import torch
 
 from fastsharp.api.resume import recorded
 from fastsharp.api.subject import basis_memory, checked, operator_of
+from fastsharp.errors import InputError
+from fastsharp.krylov.ladder import ladder
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
 from fastsharp.krylov.plan import whole_bytes
 from fastsharp.krylov.request import check_arguments
@@ -16,6 +18,7 @@ from fastsharp.params import Selector
 from fastsharp.progress import Progress
 from fastsharp.results import Eigenpairs
 
+PRECISIONS = ("auto", "bf16", "tf32")
 _HOW_LONG = ("tol", "criterion", "max_iter", "verify")  # the same vectors in the same order, more or fewer of them
 
 
@@ -33,6 +36,7 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    precision: str = "auto",
     memory: str | int = "auto",
     method: str = "auto",
     verify: bool = True,
@@ -62,6 +66,8 @@ def lanczos(
     reduction  "auto", "mean" (of the example-weighted mean) or "sum"
     bn         None refuses BatchNorm in train mode; "eval"; "frozen-batch-stats"
     dropout    None refuses active Dropout; "eval"; "fixed-masks"
+    precision  "auto": the parameters' dtype; "bf16", "tf32" (CUDA): cheap products for the Krylov run, exact ones for values and
+               residuals, with as many residual steps as `tol` needs
     memory     bytes for the run: "auto" (half of what is free), "2GiB", a number. At most half for frozen data, at most half for the
                Krylov basis, kept graphs have the rest. A basis that does not fit is stored in float16 where tol allows it,
                else restarted from its Ritz vectors, else (GPU) kept in host memory: settings["plan"] says what was done
@@ -81,6 +87,14 @@ def lanczos(
     `.partial`. All copies of a multiple eigenvalue are not promised, nor interior ones.
     Source: Lanczos with full reorthogonalisation, Parlett, The Symmetric Eigenvalue Problem (1998), section 13.
     """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision!r} is none of {', '.join(map(repr, PRECISIONS))}.")
+    if precision != "auto" and not verify:
+        raise InputError(
+            f"precision={precision!r} takes its values from exact products, verify=False leaves those out. Drop one of the two."
+        )
+    if precision != "auto" and resume is not None:
+        raise InputError(f"resume= logs the products of one operator, precision={precision!r} multiplies by two. Drop one of the two.")
     operator = operator_of(
         model,
         loader,
@@ -100,14 +114,15 @@ def lanczos(
         "criterion": criterion,
         "max_iter": max_iter,
         "method": method,
-        "verify": verify,
         "seed": seed,
         "strict": strict,
     }
     request = check_arguments(operator.n, **arguments)  # before the preflight spends products
     budget: dict[str, Any] = basis_memory(operator, memory, whole_bytes(operator.n, operator.dtype, request))
     check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
+    cheap = None if precision == "auto" else operator.cheap(precision)
     shown = Progress(progress)
     logged = recorded(operator, resume, "lanczos", {**arguments, "v0": v0}, may_change=_HOW_LONG)
     with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
-        return krylov_lanczos(A, v0=v0, check=check, on_step=shown.on_step, on_plan=shown.on_plan, **budget, **arguments)
+        options = {"v0": v0, "check": check, "on_step": shown.on_step, "on_plan": shown.on_plan, **budget, **arguments}
+        return krylov_lanczos(A, verify=verify, **options) if cheap is None else ladder(cheap, A, **options)

@@ -90,12 +90,12 @@ def lanczos(
         check_start(operator, v0)
     operator.check_unchanged()
     if request.method == "dense":
-        with _no_pairs_yet():
+        with no_pairs_yet():
             result, settled = dense(operator, request), True
     else:
         probed = needs_probes(operator, check)
         if probed:
-            with _no_pairs_yet():
+            with no_pairs_yet():
                 probe(operator, request.seed)
         plan = make_plan(operator.n, operator.dtype, operator.device, request, memory, host_memory)
         if on_plan is not None:
@@ -110,17 +110,9 @@ def _iterate(
     operator: SymmetricOperator, request: Request, plan: Plan, v0: torch.Tensor | None, probes: int, on_step: OnStep | None
 ) -> tuple[Eigenpairs, bool]:
     """Krylov steps until the stop rule or max_iter, then verification; whatever ends it early leaves the pairs so far."""
-    g = rng.generator(request.seed)
-
-    def draw() -> torch.Tensor:
-        return rng.normal(operator.n, g, operator.dtype, operator.device)
-
-    basis = plan.basis(operator.n, operator.dtype, operator.device)
-    state = Tridiagonal(
-        operator, draw() if v0 is None else _mix(v0, draw()), draw, basis, lambda theta: select(theta, request.which, plan.kept)
-    )
+    state, randomness = begin(operator, request, plan, v0)
     targets = Targets(request.tol, request.criterion, state.eps)
-    rule = StopRule(request.k, request.which, targets, operator.n, randomness=1.0 if v0 is None else _MIX)
+    rule = StopRule(request.k, request.which, targets, operator.n, randomness=randomness)
 
     def so_far() -> Eigenpairs | None:
         return pairs(state, request, plan, probes, verify=False, settled=False) if state.size else None
@@ -146,7 +138,7 @@ def _iterate(
 
 
 @contextlib.contextmanager
-def _no_pairs_yet() -> Iterator[None]:
+def no_pairs_yet() -> Iterator[None]:
     """What ends the work in here has `.partial` None."""
     try:
         yield
@@ -158,6 +150,19 @@ def _no_pairs_yet() -> Iterator[None]:
         with contextlib.suppress(Exception):
             error.__dict__["partial"] = None
         raise
+
+
+def begin(operator: SymmetricOperator, request: Request, plan: Plan, v0: torch.Tensor | None) -> tuple[Tridiagonal, float]:
+    """A run that has taken no product yet, on the planned basis, and the random part of its start vector."""
+    g = rng.generator(request.seed)
+
+    def draw() -> torch.Tensor:
+        return rng.normal(operator.n, g, operator.dtype, operator.device)
+
+    basis = plan.basis(operator.n, operator.dtype, operator.device)
+    start = draw() if v0 is None else _mix(v0, draw())
+    state = Tridiagonal(operator, start, draw, basis, lambda theta: select(theta, request.which, plan.kept))
+    return state, 1.0 if v0 is None else _MIX
 
 
 def _mix(v0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

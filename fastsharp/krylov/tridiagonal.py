@@ -205,11 +205,13 @@ class Tridiagonal:
     def _watch_symmetry(self, c: list[float]) -> None:
         """c_i = v_i'A v_j for i <= j-2 must vanish: A v_i lies in the span of v_1 .. v_{i+1} if A is symmetric and V orthonormal.
 
-        Rounding leaves O(eps ||A||), and the row beyond a breakdown at most 160 eps ||A||, far below the gate
-        sqrt(eps) ||T||; rows stored in float16 leave their own rounding.
+        Rounding leaves O(eps ||A||), and the row beyond a breakdown at most 160 eps ||A||, far below the gate sqrt(eps) ||T||.
+        Cheap products leave their noise in place of eps, rows stored in float16 their own rounding. The breakdown threshold stays
+        at eps: after an invariant space the noise itself is the next vector, and a threshold of 160 times bf16's noise would cut
+        every run.
         """
         worst = max(map(abs, c), default=0.0)
-        gate = max(math.sqrt(self.eps), 4.0 * self.noise) * self.norm
+        gate = max(math.sqrt(max(self.eps, self.operator.noise)), 4.0 * self.noise) * self.norm
         if worst > gate:
             i = max(range(len(c)), key=lambda i: abs(c[i]))
             raise NotSymmetricError(

@@ -1,0 +1,95 @@
+"""bracket: an interval for lambda_max of a loss Hessian from a random part of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastsharp.api.subject import checked
+from fastsharp.curvature.hessian import Hessian
+from fastsharp.errors import ArgumentTypeError, InputError, ModelModeError
+from fastsharp.krylov.bracket import bracket as krylov_bracket
+from fastsharp.krylov.bracket import check_arguments
+from fastsharp.losses import BatchLoss
+from fastsharp.params import Selector
+from fastsharp.results import Bracket
+from fastsharp.samples import Samples
+
+
+def bracket(
+    model: Any,
+    loader: Any,
+    loss_fn: Any = None,
+    *,
+    rtol: float = 0.1,
+    confidence: float = 0.9,
+    start: int = 256,
+    folds: int = 8,
+    params: Selector = None,
+    reduction: str = "auto",
+    bn: str | None = None,
+    dropout: str | None = None,
+    memory: str | int = "auto",
+    seed: int = 0,
+    preflight: str = "fast",
+) -> Bracket:
+    """lower <= lambda_max(H) <= upper for the Hessian H of a mean loss over all samples, from random samples of growing size.
+
+        result = fastsharp.bracket(model, dataset)
+        print(result.lower, result.upper, result.samples)
+
+    model       an nn.Module, evaluated as it stands and left as it was
+    loader      a map-style Dataset, or a DataLoader over one: only the samples needed are read. Other iterables of batches are read once,
+                within `memory`
+    loss_fn     as in `fastsharp.lanczos`, a mean over samples; losses of the whole batch have no samples and are refused
+    rtol        stop when half of the interval is at most rtol times its middle
+    confidence  that lambda_max lies in the interval, at one sample size
+    start       samples at first; doubled until the interval is narrow enough; once that takes more than half of the data, all are taken
+    folds       parts of each half of the sample: margins come from their spread
+    params, reduction, bn, dropout, memory, preflight: as in `fastsharp.lanczos`
+    seed        of the random order of the samples and of the Krylov runs' start vectors
+
+    Returns Bracket. Cost: `n_products` products of one sample, about 25 to 30 times `samples` in all.
+    Raises subclasses of FastsharpError; Interrupted on Ctrl-C, with `.partial`. A plain mini-batch lambda_max is biased upwards.
+    Source: see `fastsharp.krylov.bracket`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"bracket: model is a {type(model).__name__}, expected a torch.nn.Module: a matrix has no samples.")
+    if loader is None:
+        raise InputError("bracket: a model needs data: pass a Dataset, a DataLoader or a list of batches.")
+    if isinstance(loss_fn, BatchLoss):
+        raise InputError(
+            "bracket: a loss of the whole batch is no mean over samples, so parts of a batch say nothing. Use fastsharp.lanczos."
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    samples = Samples(loader, device, memory)
+    check_arguments(samples.count, rtol=rtol, confidence=confidence, start=start, folds=folds, seed=seed)
+    hessians: list[Hessian] = []  # the first one, which watches the weights
+
+    def operator_of(indices: torch.Tensor) -> Hessian:
+        for first in hessians:
+            first.check_unchanged()
+        known = hessians[0].objective.reduction if hessians else reduction
+        batches = samples.take(indices)
+        hessian = Hessian(model, batches, loss_fn, params=params, reduction=known, bn=bn, dropout=dropout, memory=memory, seed=seed)
+        if not hessians:
+            _check_samples(hessian)
+            checked(hessian, preflight=preflight, seed=seed)
+            hessians.append(hessian)
+        return hessian
+
+    with torch.inference_mode(False), torch.no_grad():
+        return krylov_bracket(operator_of, samples.count, rtol=rtol, confidence=confidence, start=start, folds=folds, seed=seed)
+
+
+def _check_samples(hessian: Hessian) -> None:
+    """The loss must be a mean over samples, each of them a function of the weights alone."""
+    if hessian.objective.reduction == "sum":
+        raise InputError("bracket: the loss is a sum, which grows with the number of samples. Pass reduction='mean', or a mean loss.")
+    if hessian.objective.modes.by_batch():
+        raise ModelModeError(
+            "bracket: frozen batch statistics and dropout masks depend on how samples are grouped, so parts are other functions.\n"
+            "Choose bn='eval' and dropout='eval'."
+        )
