@@ -18,7 +18,7 @@ from torch import nn
 import fastsharp
 from fastsharp import cli
 from fastsharp.api.resume import recorded
-from fastsharp.errors import ArgumentTypeError, LogStoppedWarning, ResumeMismatchError
+from fastsharp.errors import ArgumentTypeError, InputError, LogStoppedWarning, ResumeMismatchError
 from fastsharp.operator import CallableOperator, CountingOperator
 from fastsharp.store import Log
 from tests.unchanged import check_message, unchanged
