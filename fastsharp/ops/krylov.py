@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsharp.ops import _border, _registry
+from fastsharp.ops import _arguments, _border, _registry
 
 Last = tuple[Tensor, Tensor | None]
 
@@ -29,7 +29,7 @@ def alpha(v: Tensor, w: Tensor, *, out: Tensor) -> Tensor:
     out     (1,) or (E,) float64, written and returned
     cost    reads 2n elements a member
     """
-    _border.check_pair("alpha", v, w, out)
+    _arguments.check_pair("alpha", v, w, out)
     v2, w2 = (v, w) if v.ndim == 2 else (v[None], w[None])
     _registry.choose(v.device).alpha(v2, w2, out)
     _border.wrote(out)
@@ -48,13 +48,11 @@ def dots(V: Tensor, w: Tensor, ab: Tensor | None = None, *, out: Tensor, last: L
     out     float64, the leading dimensions of w and then j + 1; written and returned
     cost    reads (j + b) n elements a member, writes b n where ab is given
     """
-    p = _border.check_problem("dots", V, w)
-    removed = _border.check_removed("dots", p, ab, last)
-    out3 = _border.check_results("dots", p, "out", out, p.j + 1)
+    p = _arguments.check_problem("dots", V, w)
+    removed = _arguments.check_removed("dots", p, ab, last)
+    out3 = _arguments.check_results("dots", p, out)
     _registry.choose(V.device).dots(p.V, p.w, removed, out3)
-    if removed is not None:
-        _border.wrote(w)
-    _border.wrote(out)
+    _border.wrote(out, None if removed is None else w)
     return out
 
 
@@ -69,14 +67,12 @@ def update(V: Tensor, w: Tensor, c: Tensor, *, out: Tensor, row: Tensor | None =
     factor  (1,) or (E,) float64, with row
     cost    reads (j + b) n elements a member, writes b n, and n of V's dtype where row is given
     """
-    p = _border.check_problem("update", V, w)
-    c3 = _border.check_results("update", p, "c", c, p.j)
-    out2 = _border.check_squares("update", p, out)
-    rows = _border.check_row("update", p, row, factor)
+    p = _arguments.check_problem("update", V, w)
+    c3 = _arguments.check_coefficients("update", p, c)
+    out2 = _arguments.check_squares("update", p, out)
+    rows = _arguments.check_row("update", p, row, factor, c, out)
     _registry.choose(V.device).update(p.V, p.w, c3, rows, out2)
-    _border.wrote(w, out)
-    if row is not None:
-        _border.wrote(row)
+    _border.wrote(w, out, row)
     return out
 
 
@@ -88,7 +84,7 @@ def combine(S: Tensor, V: Tensor, *, out: Tensor) -> Tensor:
     out     (k, n) float32 or float64, outside V; float64 for a float64 V, float32 otherwise; written and returned
     cost    reads j n elements, writes k n
     """
-    _border.check_combination(S, V, out)
+    _arguments.check_combination(S, V, out)
     if out.shape[0]:
         _registry.choose(V.device).combine(S, V, out)
         _border.wrote(out)
@@ -108,7 +104,7 @@ def probes(kind: str, *, out: Tensor, seed: int, first: int = 0) -> Tensor:
     u = (a + 1) 2^-32: sqrt(-2 ln u) cos(2 pi b 2^-32) and the same with sin, in float64, rounded once to float32. Rademacher
     vectors are bitwise the same everywhere; a normal may differ in the last float32 bit where two libraries' ln or cos differ.
     """
-    _border.check_probes(kind, out, seed, first)
+    _arguments.check_probes(kind, out, seed, first)
     if out.numel():
         _registry.choose(out.device).probes(kind, seed, first, out)
         _border.wrote(out)
