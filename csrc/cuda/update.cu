@@ -14,10 +14,11 @@ namespace fastsharp::cuda {
 
 namespace {
 
-constexpr int kRows = 4;        // loaded at a time
+// loaded at a time; element by element they take more addresses, hence more registers
+constexpr int kRows = 4;
 constexpr int kMostVectors = 4; // sharing a pass over V: the sums of 8, in double, would spill
 
-template <class S, class T, int B, bool Packed> __global__ void __launch_bounds__(kBlock, kResident<T, B>)
+template <class S, class T, int B, bool Packed> __global__ void __launch_bounds__(kBlock, Packed ? kResident<T, B> : 1)
     update_kernel(Problem<S, T> p, Scalars<const double> c, NextRow<S> next, double* partial) {
     const Place at;
     const i64 e = blockIdx.y;
