@@ -15,23 +15,48 @@ using k::LaunchConfig;
 
 namespace {
 
-template <class T> void krylov(pybind11::module_& m, const std::string& t) {
+template <class T> void vectors(pybind11::module_& m, const std::string& t) {
     m.def(("alpha_" + t).c_str(),
-          [](Address v, Address w, i64 n, Address out, Address work, int device, Address stream) {
-              check(k::alpha(at<const T>(v), at<const T>(w), n, at<double>(out), at<double>(work), LaunchConfig::of(n), device,
-                             at<void>(stream)));
+          [](i64 E, i64 n, Address v, i64 v_member, Address w, i64 w_member, Address out, i64 out_member, Address work, int device,
+             Address stream) {
+              check(k::alpha<T>(E, n, {at<const T>(v), v_member}, {at<const T>(w), w_member}, {at<double>(out), out_member},
+                                at<double>(work), LaunchConfig::of(n), device, at<void>(stream)));
           },
           Release());
-    m.def(("dots_" + t).c_str(),
-          [](Address V, i64 ldv, Address w, Address ab, i64 j, i64 n, Address out, Address work, int device, Address stream) {
-              check(k::dots(at<const T>(V), ldv, at<T>(w), at<const double>(ab), j, n, at<double>(out), at<double>(work),
-                            LaunchConfig::of(n), device, at<void>(stream)));
+    m.def(("probes_" + t).c_str(),
+          [](int kind, std::uint64_t seed, i64 first, Address out, i64 ldo, i64 b, i64 n, int device, Address stream) {
+              check(k::probes(static_cast<fs::Kind>(kind), seed, first, at<T>(out), ldo, b, n, LaunchConfig::of(n), device,
+                              at<void>(stream)));
           },
           Release());
-    m.def(("update_" + t).c_str(),
-          [](Address V, i64 ldv, Address w, Address c, i64 j, i64 n, Address out, Address work, int device, Address stream) {
-              check(k::update(at<const T>(V), ldv, at<T>(w), at<const double>(c), j, n, at<double>(out), at<double>(work),
+}
+
+template <class S, class T> void basis(pybind11::module_& m, const std::string& s) {
+    m.def(("dots_" + s).c_str(),
+          [](i64 E, i64 b, i64 j, i64 n, Address V, i64 V_member, i64 V_row, Address w, i64 w_member, i64 w_row, Address ab, i64 ab_member,
+             Address last, i64 last_member, Address before, i64 before_member, Address out, i64 out_member, i64 out_row, Address work,
+             int device, Address stream) {
+              const fs::Problem<S, T> p{E, b, j, n, at<const S>(V), V_member, V_row, at<T>(w), w_member, w_row};
+              const fs::Removed<T> removed{
+                  at<const double>(ab), ab_member, {at<const T>(last), last_member}, {at<const T>(before), before_member}};
+              check(k::dots(p, removed, {at<double>(out), out_member, out_row}, at<double>(work), LaunchConfig::of(n), device,
+                            at<void>(stream)));
+          },
+          Release());
+    m.def(("update_" + s).c_str(),
+          [](i64 E, i64 b, i64 j, i64 n, Address V, i64 V_member, i64 V_row, Address w, i64 w_member, i64 w_row, Address c, i64 c_member,
+             i64 c_row, Address row, i64 row_member, Address factor, i64 factor_member, Address out, i64 out_member, i64 out_row,
+             Address work, int device, Address stream) {
+              const fs::Problem<S, T> p{E, b, j, n, at<const S>(V), V_member, V_row, at<T>(w), w_member, w_row};
+              const fs::NextRow<S> next{at<S>(row), row_member, at<const double>(factor), factor_member};
+              check(k::update(p, {at<const double>(c), c_member, c_row}, next, {at<double>(out), out_member, out_row}, at<double>(work),
                               LaunchConfig::of(n), device, at<void>(stream)));
+          },
+          Release());
+    m.def(("combine_" + s).c_str(),
+          [](Address C, i64 ldc, i64 rows, Address V, i64 ldv, i64 j, i64 n, Address X, i64 ldx, int device, Address stream) {
+              check(k::combine(at<const double>(C), ldc, rows, at<const S>(V), ldv, j, n, at<T>(X), ldx, LaunchConfig::of(n), device,
+                               at<void>(stream)));
           },
           Release());
 }
@@ -39,7 +64,11 @@ template <class T> void krylov(pybind11::module_& m, const std::string& t) {
 } // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-    krylov<float>(m, "f32");
-    krylov<double>(m, "f64");
-    m.def("workspace_size", [](i64 n, i64 j) { return k::workspace_size(LaunchConfig::of(n), j); });
+    vectors<float>(m, "f32");
+    vectors<double>(m, "f64");
+    basis<float, float>(m, "f32");
+    basis<double, double>(m, "f64");
+    basis<fs::Half, float>(m, "f16");
+    basis<fs::BFloat16, float>(m, "bf16");
+    m.def("workspace_size", [](i64 E, i64 b, i64 n, i64 j) { return k::workspace_size(LaunchConfig::of(n), E, b, j); });
 }

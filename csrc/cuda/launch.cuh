@@ -1,7 +1,7 @@
 // How a kernel is launched: <<<>>> under nvcc, the emulation of csrc/tests/host_shim.hpp under a C++ compiler, so that every
 // kernel is executed, under sanitizers, on machines without a GPU. A .cu file uses these macros and nothing else for it:
 //
-//   FS_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
+//   FS_LAUNCH(kernel, grid_x, grid_y, block, shared_bytes, stream, args...)
 //   FS_SHARED(type, name, count);         a __shared__ array of constant size
 //   FS_DYNAMIC_SHARED(type, name);        the dynamic shared memory of the launch
 //
@@ -9,13 +9,15 @@
 #pragma once
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define FS_LAUNCH(kernel, grid, block, shared, stream, ...)                                                                                \
+#define FS_LAUNCH(kernel, grid_x, grid_y, block, shared, stream, ...)                                                                      \
     do {                                                                                                                                   \
         auto fs_kernel = kernel;                                                                                                           \
-        fs_kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(block), static_cast<std::size_t>(shared),                           \
-                    static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                                                                     \
+        fs_kernel<<<dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)), static_cast<unsigned>(block),                      \
+                    static_cast<std::size_t>(shared), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                                   \
     } while (false)
 #define FS_SHARED(type, name, count) __shared__ type name[count]
 #define FS_DYNAMIC_SHARED(type, name)                                                                                                      \

@@ -75,7 +75,8 @@ namespace cuda {
 // Threads and blocks of the first stage. The default is a function of n alone, so that results do not depend on the GPU.
 struct LaunchConfig {
     int grid;
-    int block; // a multiple of 32
+    int block;           // a multiple of 32
+    int members = 65535; // of an ensemble in one launch: the limit of gridDim.y
 
     static LaunchConfig of(i64 n);
 };
