@@ -1,0 +1,271 @@
+"""The Triton kernels: in triton's interpreter where there is no GPU, compiled where there is one, and ahead of time for both.
+
+tests/conftest.py sets TRITON_INTERPRET before any test module is imported, since triton decides once, at its first import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastsharp.errors import KernelError
+from fastsharp.ops import _registry, alpha, dots, force, probes, update
+from tests.ops import triton_cases as cases
+from tests.ops.triton_cases import DEVICE, INTERPRETED, STORAGE, check_alpha, check_combine, check_dots, check_probes, check_update, ensemble
+from tests.tolerance import exact
+
+triton = pytest.importorskip("triton")
+
+from fastsharp.ops.triton import krylov  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = [  # E, b, j, n: one element, ragged and whole tiles, more than a row group, every count of vectors up to two groups
+    (1, 1, 1, 1),
+    (2, 1, 3, 130),
+    (1, 1, 9, 2300),
+    (1, 2, 5, 1024),
+    (2, 3, 2, 1025),
+    (1, 9, 1, 300),
+]
+
+
+@pytest.fixture(autouse=True)
+def forced() -> Iterator[None]:
+    with force("triton"):
+        yield
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dots(shape: tuple[int, int, int, int], storage: torch.dtype) -> None:
+    check_dots(ensemble(*shape, storage), removed=shape[1] == 1)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_update(shape: tuple[int, int, int, int], storage: torch.dtype) -> None:
+    check_update(ensemble(*shape, storage), with_row=shape[1] == 1)
+
+
+@pytest.mark.parametrize("dtype", STORAGE[:2], ids=str)
+@pytest.mark.parametrize(("E", "n"), [(1, 1), (3, 1500)])
+def test_alpha(E: int, n: int, dtype: torch.dtype) -> None:
+    check_alpha(E, n, dtype)
+
+
+def test_a_second_stage_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(krylov, "_SUM_BLOCK", 2)
+    check_alpha(1, 5 * krylov.TILE - 1, torch.float32)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize(("k", "j", "n"), [(1, 1, 1), (3, 7, 300), (9, 2, 1025)])
+def test_combine(k: int, j: int, n: int, storage: torch.dtype) -> None:
+    check_combine(k, j, n, storage)
+
+
+@pytest.mark.parametrize("dtype", STORAGE[:2], ids=str)
+@pytest.mark.parametrize(("seed", "first"), [(0, 0), (-5, 2**32 - 1), (2**64 - 1, 2**61)])
+@pytest.mark.parametrize(("kind", "n"), [("rademacher", 1), ("rademacher", 2183), ("normal", 3), ("normal", 1030)])
+def test_probes_are_the_stream_of_the_reference(kind: str, n: int, seed: int, first: int, dtype: torch.dtype) -> None:
+    check_probes(kind, 2, n, dtype, seed, first)
+
+
+def test_signs_are_the_published_words_of_philox() -> None:
+    """Random123's known answer for counter 0 and key 0."""
+    out = torch.zeros(1, 128, device=DEVICE)
+    probes("rademacher", out=out, seed=0)
+    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert out[0].tolist() == [-1.0 if word >> bit & 1 else 1.0 for word in words for bit in range(32)]
+
+
+def test_zero_coefficients_read_no_row_and_leave_w_bitwise() -> None:
+    p = ensemble(1, 1, 2, 1100, torch.float32)
+    before = p.w.clone()
+    infinite = torch.full_like(p.w[0, 0], torch.inf)
+    out = cases.nans(3)
+    dots(p.V[0], p.w[0, 0], torch.zeros_like(p.ab[0]), last=(infinite, infinite), out=out)
+    assert torch.equal(p.w, before) and bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_one_zero_coefficient_skips_that_term_alone(skipped: int) -> None:
+    p = ensemble(1, 1, 2, 200, torch.float64)
+    last = list(p.last)
+    last[skipped] = torch.full_like(last[0], torch.inf)
+    p.ab[0, skipped] = 0
+    want = p.w[0, 0] - p.ab[0, 1 - skipped] * last[1 - skipped][0]
+    dots(p.V[0], p.w[0, 0], p.ab[0], last=(last[0][0], last[1][0]), out=cases.nans(3))
+    torch.testing.assert_close(p.w[0, 0], want, rtol=0, atol=4e-15)
+
+
+def test_beta_is_ignored_for_the_first_row() -> None:
+    p = ensemble(1, 1, 1, 200, torch.float32)
+    p.ab[0, 1] = torch.nan
+    out = cases.nans(2)
+    dots(p.V[0], p.w[0, 0], p.ab[0], out=out)
+    assert bool(out.isfinite().all()) and bool(p.w.isfinite().all())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy in the interpreter
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_not_finite_reaches_the_results_and_inf_stays_inf(bad: float) -> None:
+    """Also beside the columns that a ragged tile does not have, where inf * 0 must not become a NaN."""
+    p = ensemble(1, 1, 3, 1100, torch.float32)
+    p.c[0, 0, 1], p.ab[0, 0] = bad, bad
+    squares = cases.nans(1), cases.nans(4)
+    update(p.V[0], p.w[0, 0].clone(), p.c[0, 0], out=squares[0])
+    dots(p.V[0], p.w[0, 0], p.ab[0], last=(p.last[0][0], p.last[1][0]), out=squares[1])
+    for ww in (squares[0][0], squares[1][3]):
+        assert bool(ww == torch.inf) if bad == torch.inf else bool(ww.isnan())
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_extreme_scales_neither_overflow_nor_underflow(scale: float) -> None:
+    for check in (lambda p: check_dots(p, True), lambda p: check_update(p, True)):
+        p = ensemble(1, 1, 3, 1100, torch.float32)
+        p.w.mul_(scale)
+        p.ab.mul_(min(scale, 1.0))
+        p.c.mul_(min(scale, 1.0))
+        check(p)
+
+
+def test_results_are_bitwise_repeatable_and_independent_of_stride() -> None:
+    results = []
+    for pad in (0, 0, 5):
+        p = ensemble(1, 1, 5, 3000, torch.float32, pad)
+        out, square = cases.nans(6), cases.nans(1)
+        dots(p.V[0], p.w[0, 0], p.ab[0], out=out)
+        update(p.V[0], p.w[0, 0], p.c[0, 0], out=square)
+        results.append(torch.cat([out, square, p.w[0, 0].double()]))
+    assert torch.equal(results[0], results[1]) and (not INTERPRETED or torch.equal(results[0], results[2]))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs 8 GiB of device memory; the interpreter runs it on memory that is never touched")
+def test_rows_and_members_beyond_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets are int64 in elements; bytes would wrap at half of that in int32."""
+    from triton.runtime.interpreter import GridExecutor
+
+    # the interpreter copies whole storages in and out; on the CPU it need not, and here it must not
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    far, n = 2**31 + 16, 70
+    memory = mmap.mmap(-1, 2 * (3 * far + n), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    flat = torch.from_numpy(np.frombuffer(memory, dtype=np.float16))
+    V = flat.as_strided((2, 2, n), (2 * far, far, 1))
+    V.copy_(torch.randn(2, 2, n))
+    w, out, square, c = torch.randn(2, n), cases.nans(2, 3), cases.nans(2), torch.randn(2, 2, dtype=torch.float64)
+    dots(V, w, out=out)
+    np.testing.assert_allclose(out[:, :2].numpy(), np.einsum("ejn,en->ej", exact(V), exact(w)).astype(float), atol=1e-4)
+    want = w.double() - torch.einsum("ej,ejn->en", c, V.double())
+    update(V, w, c, out=square)
+    torch.testing.assert_close(w.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_failing_launch_is_a_kernel_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(krylov.kernels, "alpha", Broken())
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(KernelError, match=r"Triton kernel failed: .*illegal memory access.*Use force\('reference'\)"):
+        alpha(x, x, out=cases.nans(1))
+
+
+def test_it_is_used_by_force_alone_imported_by_the_first_op_and_says_why_it_is_missing() -> None:
+    code = """if True:
+        import os, sys, torch, fastsharp
+        from fastsharp.ops import _registry, alpha, force, triton as column
+        x, out = torch.ones(3), torch.zeros(1, dtype=torch.float64)
+        alpha(x, x, out=out)
+        assert "triton" not in sys.modules and _registry.choose(x.device).name != "triton"
+        print(column.backend())
+        import triton
+        os.environ["TRITON_INTERPRET"] = "1"
+        print(column.backend())
+    """
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr
+    early, late = run.stdout.splitlines()
+    assert early.startswith("torch sees no GPU (TRITON_INTERPRET=1")
+    assert late.startswith("triton was imported before TRITON_INTERPRET=1 was set, and torch sees no GPU")
+
+
+def test_without_triton_the_backend_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastsharp.ops import triton as column
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert column.backend() == "triton is not installed"
+
+
+def test_backend_is_listed() -> None:
+    assert isinstance(_registry.available()["triton"], _registry.Backend)
+
+
+MUTANTS = [  # each stays inside the buffers of its check: file, what is written there, the mistake, the check that must see it
+    ("kernels", "return program // tiles, tile, start, n - start", "return 0 * tile, tile, start, n - start", "dots E"),
+    ("kernels", "first * tl.load(v1", "-first * tl.load(v1", "dots"),
+    ("kernels", "tl.load(ab + 1 + one)", "tl.load(ab + one)", "dots"),
+    ("kernels", "tl.store(to_w, x, mask=here & changed)", "", "dots"),
+    ("kernels", "tl.sum(x, axis=3).to(tl.float64), axis=2", "tl.sum(x, axis=3).to(tl.float16).to(tl.float64), axis=2", "dots"),
+    ("kernels", "mask=(i < b) & (r < j))", "mask=(i < b) & (r <= j))", "dots"),
+    ("kernels", "(r < j)[:, :, None, None] & inside, other=0).to(x.dtype)", "(r < j)[:, :, None, None], other=0).to(x.dtype)", "dots"),
+    ("kernels", "outer % groups * B", "0 * B", "dots b"),
+    ("kernels", "c + (i * c_row + r)", "c + r", "update b"),
+    ("kernels", "tl.sum(a * rows, axis=1, keep_dims=True)", "tl.sum(a.to(tl.float16) * rows, axis=1, keep_dims=True)", "update"),
+    ("kernels", "tl.load(factor) * x", "x", "update"),
+    ("kernels", "row += e * row_member + start", "row += e * row_member", "update"),
+    ("kernels", "vector % b * out_row", "0", "update b"),
+    ("kernels", "range(0, tiles, BLOCK)", "range(0, BLOCK, BLOCK)", "alpha"),
+    ("vectors", "tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))", "probes"),
+    ("vectors", "(stream >> 32).to(tl.uint32)", "tl.zeros_like(stream).to(tl.uint32)", "probes"),
+    ("vectors", "radius * tl.cos(angle), radius * tl.sin(angle)", "radius * tl.sin(angle), radius * tl.cos(angle)", "normal"),
+    ("vectors", "range(0, k, K)", "range(0, K, K)", "combine"),
+]  # fmt: skip
+CHECKS: dict[str, cases.Check] = {
+    "dots": lambda: check_dots(ensemble(1, 1, 5, 1100, torch.float32), removed=True),
+    "dots E": lambda: check_dots(ensemble(2, 1, 2, 200, torch.float32), removed=False),
+    "dots b": lambda: check_dots(ensemble(1, 9, 1, 50, torch.float32), removed=False),
+    "update": lambda: check_update(ensemble(1, 1, 5, 1100, torch.float32), with_row=True),
+    "update b": lambda: check_update(ensemble(1, 3, 2, 200, torch.float32), with_row=False),
+    "alpha": lambda: check_alpha(1, 5 * krylov.TILE - 1, torch.float32),
+    "probes": lambda: check_probes("rademacher", 2, 300, torch.float32, 7, 2**33),
+    "normal": lambda: check_probes("normal", 2, 300, torch.float32, 7, 2**33),
+    "combine": lambda: check_combine(9, 3, 200, torch.float32),
+}
+
+
+@pytest.mark.parametrize(("file", "right", "wrong", "check"), MUTANTS, ids=[f"{i}-{m[3]}" for i, m in enumerate(MUTANTS)])
+@pytest.mark.skipif(not INTERPRETED, reason="a wrong kernel may write anywhere on a GPU")
+def test_a_wrong_kernel_is_caught(file: str, right: str, wrong: str, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(krylov, file, altered(file, right, wrong, tmp_path))
+    monkeypatch.setattr(krylov, "_SUM_BLOCK", 2)
+    with pytest.raises(AssertionError):
+        CHECKS[check]()
+
+
+def altered(file: str, right: str, wrong: str, folder: Path) -> ModuleType:
+    """The kernels with one mistake; a file of their own, since triton reads the source."""
+    text = Path(getattr(krylov, file).__file__).read_text(encoding="utf-8")
+    assert text.count(right) >= 1, f"{right!r} is no longer in {file}.py"
+    path = folder / f"mutant_{file}.py"
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
