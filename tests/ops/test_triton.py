@@ -6,6 +6,7 @@ tests/conftest.py sets TRITON_INTERPRET before any test module is imported, sinc
 from __future__ import annotations
 
 import importlib.util
+import json
 import mmap
 import os
 import subprocess
@@ -22,7 +23,17 @@ import torch
 from fastsharp.errors import KernelError
 from fastsharp.ops import _registry, alpha, dots, force, probes, update
 from tests.ops import triton_cases as cases
-from tests.ops.triton_cases import DEVICE, INTERPRETED, STORAGE, check_alpha, check_combine, check_dots, check_probes, check_update, ensemble
+from tests.ops.triton_cases import (
+    DEVICE,
+    INTERPRETED,
+    STORAGE,
+    check_alpha,
+    check_combine,
+    check_dots,
+    check_probes,
+    check_update,
+    ensemble,
+)
 from tests.tolerance import exact
 
 triton = pytest.importorskip("triton")
@@ -38,6 +49,17 @@ SHAPES = [  # E, b, j, n: one element, ragged and whole tiles, more than a row g
     (2, 3, 2, 1025),
     (1, 9, 1, 300),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """Ahead-of-time compilation in a process beside the other tests of this file; its own test comes last."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.ops.triton_compile", "80", "90"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -269,3 +291,19 @@ def altered(file: str, right: str, wrong: str, folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_every_kernel_compiles_for_gpus_that_are_not_here(compiler: subprocess.Popen[str]) -> None:
+    """To machine code of sm_80 and sm_90, with no atomics, and with loads of 16 bytes where n is a multiple of 16."""
+    output, errors = compiler.communicate(timeout=240)
+    assert compiler.returncode == 0, errors
+    head, *rows = [json.loads(line) for line in output.splitlines()]
+    if "skipped" in head:
+        pytest.skip(head["skipped"])
+    names = {row["kernel"].partition("[")[0] for row in rows}
+    assert names == {"alpha", "dots", "update", "sum_partials", "combine", "rademacher", "normal"} and len(rows) == 21
+    assert {row["sm"] for row in rows} == {80, 90}
+    for row in rows:
+        assert row["bytes"] > 1000 and row["atomics"] == 0 and not row["recompiled_for"], row
+        assert row["vector_loads"] or not row["kernel"].startswith(("alpha", "dots", "update", "combine")), row
+    assert all(row["rounds_bf16"] for row in rows if row["kernel"].startswith("update[bf16"))
