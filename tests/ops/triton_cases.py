@@ -5,7 +5,6 @@ The oracle is numpy in extended precision. Each checker also asserts that nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +156,3 @@ def check_probes(kind: str, b: int, n: int, dtype: torch.dtype, seed: int, first
     bound = 0 if kind == "rademacher" else eps(torch.float32) * np.abs(exact(want)) + 1e-15
     assert_close(out[:b, :n], exact(want), bound, kind)
     assert bool(out[b].isnan().all()) and bool(out[:, n:].isnan().all())
-
-
-Check = Callable[[], None]
