@@ -49,11 +49,14 @@ _REFERENCE = Backend("reference", (), reference.alpha, reference.dots, reference
 @cache
 def available() -> dict[str, Backend | str]:
     """Every backend by name; in place of one that is missing, the reason."""
+    from fastsharp.ops import triton  # which takes Backend from here
+
     found: dict[str, Backend | str] = {}
     for name in ("cuda", "cpu"):
         module = native(name)
         found[name] = module if isinstance(module, str) else _native_backend(name, module)
     found["reference"] = _REFERENCE
+    found["triton"] = triton.backend()
     return found
 
 
