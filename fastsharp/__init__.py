@@ -5,6 +5,7 @@ from fastsharp import errors as errors
 from fastsharp import models as models
 from fastsharp._environment import __version__ as __version__
 from fastsharp._environment import info as info
+from fastsharp.api import density as density
 from fastsharp.api import lanczos as lanczos
 from fastsharp.curvature.hessian import Hessian as Hessian
 from fastsharp.losses import batch_loss as batch_loss
@@ -12,4 +13,5 @@ from fastsharp.operator import CallableOperator as CallableOperator
 from fastsharp.operator import CountingOperator as CountingOperator
 from fastsharp.operator import DenseOperator as DenseOperator
 from fastsharp.operator import SymmetricOperator as SymmetricOperator
+from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsharp.results import Eigenpairs
@@ -223,7 +223,7 @@ class Interrupted(KeyboardInterrupt):
 
     code = "FS401"
 
-    def __init__(self, message: str, partial: Eigenpairs | None) -> None:
+    def __init__(self, message: str, partial: Any) -> None:
         super().__init__(f"{message} [{self.code}]")
         self.partial = partial
 
