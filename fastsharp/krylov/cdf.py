@@ -19,6 +19,7 @@ Rademacher probes have no such law: one may be orthogonal to an eigenvector with
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 
@@ -46,12 +47,11 @@ def cdf_bounds(rules: list[Rule], n: int, confidence: float) -> Bounds:
         below[1].add_(r.square * cumulated[(i + slack).clamp(max=m)])
         counted[0].copy_(torch.maximum(counted[0], i))
         counted[1].copy_(torch.maximum(counted[1], m - i))
-    mesh = _mesh(n)
-    tail = (1.0 - _ENDS) * allowance / (4 * mesh.numel())
-    least_below, _ = _counts(below[0], mesh, len(rules), tail)
-    _, most_below = _counts(below[1], mesh, len(rules), tail)
-    least_above, _ = _counts((total - below[1]).clamp(min=0.0), mesh, len(rules), tail)
-    _, most_above = _counts((total - below[0]).clamp(min=0.0), mesh, len(rules), tail)
+    table = _table(n, len(rules), (1.0 - _ENDS) * allowance)
+    least_below, _ = _counts(below[0], *table)
+    _, most_below = _counts(below[1], *table)
+    least_above, _ = _counts((total - below[1]).clamp(min=0.0), *table)
+    _, most_above = _counts((total - below[0]).clamp(min=0.0), *table)
     lower = torch.maximum(torch.maximum(least_below, n - most_above), counted[0]).clamp(max=n)
     upper = torch.minimum(torch.minimum(most_below, n - least_above), n - counted[1]).clamp(min=0)
     lower, upper = lower.cummax(0).values.double() / n, upper.flip(0).cummin(0).values.flip(0).double() / n
@@ -72,9 +72,16 @@ def w1_bound(estimate: Measure, bounds: Bounds) -> float:
     return float((worst[:-1] * x.diff()).sum())
 
 
-def _counts(mass: torch.Tensor, mesh: torch.Tensor, p: int, tail: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least and most eigenvalues that a mass sum (q_i'z)^2 over p probes can come from, each tail with probability `tail`."""
-    high, low = _quantile(p * mesh, tail, upper=True), _quantile(p * mesh, tail, upper=False)
+@lru_cache(maxsize=8)
+def _table(n: int, p: int, allowance: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mesh of counts c, and for each the upper and lower quantile of chi^2(pc): four tails a count share the allowance."""
+    mesh = _mesh(n)
+    tail = allowance / (4 * mesh.numel())
+    return mesh, _quantile(p * mesh, tail, upper=True), _quantile(p * mesh, tail, upper=False)
+
+
+def _counts(mass: torch.Tensor, mesh: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and most eigenvalues that a mass sum (q_i'z)^2 over the probes can come from."""
     n = int(mesh[-1])
     first = torch.searchsorted(high, mass)  # the first mesh point that could have this mass or more
     least = torch.where(first > 0, mesh[(first - 1).clamp(min=0)] + 1, 0)
