@@ -6,6 +6,7 @@ from fastsharp import models as models
 from fastsharp._environment import __version__ as __version__
 from fastsharp._environment import info as info
 from fastsharp.api import bracket as bracket
+from fastsharp.api import density as density
 from fastsharp.api import lanczos as lanczos
 from fastsharp.curvature.hessian import Hessian as Hessian
 from fastsharp.losses import batch_loss as batch_loss
@@ -14,4 +15,5 @@ from fastsharp.operator import CountingOperator as CountingOperator
 from fastsharp.operator import DenseOperator as DenseOperator
 from fastsharp.operator import SymmetricOperator as SymmetricOperator
 from fastsharp.results import Bracket as Bracket
+from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs

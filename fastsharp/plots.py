@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fastsharp.results import Eigenpairs
+    from fastsharp.results import Density, Eigenpairs
 
 _GOOD, _BAD, _INK, _SOFT, _FAINT = "#1f5fa8", "#c8421a", "#333333", "#666666", "#8a8a8a"
 _FLOOR = 1e-16  # a residual of exactly zero has no place on a log axis
@@ -94,3 +94,57 @@ def _points(ax: Axes, index: list[int], values: list[float], good: list[bool]) -
         chosen = [(i, v) for i, v, g in zip(index, values, good, strict=True) if g is wanted]
         if chosen:
             ax.plot(*zip(*chosen, strict=True), linestyle="none", markersize=6, zorder=4, clip_on=False, **style)
+
+
+def plot_density(result: Density, path: str | Path | None = None) -> Figure:
+    """The density on a logarithmic and on a linear axis, and the CDF with its bounds; written as PNG if a path is given.
+
+    Shaded: above, the spread over the probes where there are two or more; below, the certain bounds of the CDF where there are some.
+    """
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(7.0, 7.6), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(fig)
+    log, linear, bottom = fig.subplots(3, 1, sharex=True, height_ratios=[1.6, 1, 1.2])
+    x = result.grid()
+    y = result.pdf(x)
+    for ax in (log, linear):
+        if len(result.probes) > 1:
+            low, high = result.band(x, of="pdf")
+            ax.fill_between(x.tolist(), low.clamp(min=1e-300).tolist(), high.tolist(), color=_GOOD, alpha=0.2, linewidth=0, label="probes")
+        ax.plot(x.tolist(), y.tolist(), color=_GOOD, linewidth=1.2)
+        ax.set_ylabel("density")
+    log.set_yscale("log")
+    peak = float(y.max())
+    log.set_ylim(min(float(result.weights[result.weights > 0].min()), 1 / result.n) * peak * 1e-2, 3 * peak)
+    linear.set_ylim(0, 1.05 * peak)
+    linear.margins(x=0)
+
+    steps = torch.cat([x, result.nodes, result.edges]).sort().values
+    if result.edges.numel():
+        low, high = result.bounds(steps)
+        label = f"bounds at {result.confidence:.0%}"
+        bottom.fill_between(steps.tolist(), low.tolist(), high.tolist(), step="post", color=_FAINT, alpha=0.35, linewidth=0, label=label)
+        bottom.legend(frameon=False, fontsize=9, loc="lower right")
+    bottom.step(steps.tolist(), result.cdf(steps).tolist(), where="post", color=_GOOD, linewidth=1.2)
+    bottom.set_ylim(-0.03, 1.03)
+    bottom.set_ylabel(r"share $\leq\lambda$")
+    bottom.set_xlabel(r"eigenvalue $\lambda$  (loss / parameter²)")
+    span = float(result.nodes[-1] - result.nodes[0]) or float(result.widths.max()) * 12
+    bottom.set_xlim(float(result.nodes[0]) - 0.04 * span, float(result.nodes[-1]) + 0.04 * span)
+    for ax in (log, linear, bottom):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=9)
+    log.set_title("Spectral density of the loss Hessian", fontsize=13, loc="left", pad=24)
+    parts = [f"n = {result.n:,}", f"{result.n_matvec} products", f"{len(result.probes)} probe" + "s" * (len(result.probes) > 1)]
+    if result.edges.numel():
+        parts.append(rf"$W_1$ at most {result.w1_bound:.2g} ({result.confidence:.0%})")
+    line = " · ".join(parts)
+    log.annotate(line, (0, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", fontsize=9, color=_SOFT)
+    if path is not None:
+        fig.savefig(path, format="png")
+    return fig

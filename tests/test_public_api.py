@@ -11,8 +11,8 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "bracket", "info", "lanczos"}
-CLASSES = {"Bracket", "CallableOperator", "CountingOperator", "DenseOperator", "Eigenpairs", "Hessian", "SymmetricOperator"}
+CALLS = {"batch_loss", "bracket", "density", "info", "lanczos"}
+CLASSES = {"Bracket", "CallableOperator", "CountingOperator", "DenseOperator", "Density", "Eigenpairs", "Hessian", "SymmetricOperator"}
 MODULES = {"data", "errors", "models"}
 
 

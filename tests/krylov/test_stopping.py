@@ -10,8 +10,9 @@ import torch
 
 from fastsharp import rng
 from fastsharp.krylov import stopping
+from fastsharp.krylov.block import Block
 from fastsharp.krylov.stopping import StopRule, Targets, ends, select, value_bounds
-from fastsharp.krylov.tridiagonal import Block, Tridiagonal
+from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.operator import DenseOperator
 from tests.krylov.checks import wanted
 from tests.oracles.matrices import family

@@ -1,4 +1,4 @@
-"""Results are frozen, carry their own doubt, and hold no reference to a model, a graph or a cache."""
+"""Eigenpairs: what a Lanczos run returns."""
 
 from __future__ import annotations
 
@@ -51,24 +51,3 @@ class Eigenpairs:
         from fastsharp.plots import plot_eigenpairs
 
         return plot_eigenpairs(self, path)
-
-
-@dataclass(frozen=True, eq=False)
-class Bracket:
-    """An interval for lambda_max of a loss over all samples from a random part of them; `float()` gives its middle."""
-
-    lower: float
-    upper: float
-    value: float  # the middle of lower and upper
-    confidence: float  # that lambda_max lies inside, at one sample size
-    samples: int  # in the last sample
-    total: int  # samples there are
-    n_products: int  # in products of one sample: a Hessian-vector product over all data is `total` of them
-    history: tuple[tuple[int, float, float], ...]  # (samples, lower, upper) of each size tried
-    converged: bool  # (upper - lower)/2 <= rtol |value|
-    notes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __float__(self) -> float:
-        return self.value

@@ -1,0 +1,7 @@
+"""Results are frozen, carry their own doubt, and hold no reference to a model, a graph or a cache."""
+
+from fastsharp.results.bracket import Bracket as Bracket
+from fastsharp.results.density import Density as Density
+from fastsharp.results.density import spacing as spacing
+from fastsharp.results.eigenpairs import Eigenpairs as Eigenpairs
+from fastsharp.results.estimate import Estimate as Estimate
