@@ -23,95 +23,116 @@ assert isinstance(REFERENCE, _registry.Backend)
 TILE = 1024
 
 
+def true_alpha(v: Tensor, w: Tensor, out: Tensor) -> None:
+    truth.alpha(v[None], w[None], out)
+
+
+def true_dots(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
+    truth.dots(V[None], w[None, None], (ab[None], V[None, -1], V[None, -2]), out[None, None])
+
+
+def true_update(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
+    truth.update(V[None], w[None, None], c[None, None], None, out[None])
+
+
+def on_single_vectors(op: str, mutant: Callable[..., None]) -> Callable[..., None]:
+    """A mutant of one vector and one basis as an op of a backend."""
+    if op == "alpha":
+        return lambda v, w, out: mutant(v[0], w[0], out)
+    if op == "dots":
+        return lambda V, w, removed, out: mutant(V[0], w[0, 0], removed[0][0], out[0, 0])
+    return lambda V, w, c, row, out: mutant(V[0], w[0, 0], c[0, 0], out[0])
+
+
 def alpha_in_float32(v: Tensor, w: Tensor, out: Tensor) -> None:
     out[0] = v.float() @ w.float()
 
 
 def alpha_without_last_element(v: Tensor, w: Tensor, out: Tensor) -> None:
-    truth.alpha(v[:-1], w[:-1], out)
+    true_alpha(v[:-1], w[:-1], out)
 
 
 def dots_without_beta(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-    truth.dots(V, w, ab * torch.tensor([1.0, 0.0], dtype=torch.float64), out)
+    true_dots(V, w, ab * torch.tensor([1.0, 0.0], dtype=torch.float64), out)
 
 
 def dots_with_swapped_coefficients(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-    truth.dots(V, w, ab.flip(0), out)
+    true_dots(V, w, ab.flip(0), out)
 
 
 def dots_with_wrong_sign(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-    truth.dots(V, w, -ab, out)
+    true_dots(V, w, -ab, out)
 
 
 def dots_of_the_old_w(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
     old = w.clone()
-    truth.dots(V, w, ab, out)
+    true_dots(V, w, ab, out)
     out[:-1] = V.double() @ old.double()
 
 
 def dots_without_last_tile(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-    truth.dots(V, w, ab, out)
+    true_dots(V, w, ab, out)
     whole = w.shape[0] // TILE * TILE
     out[:-1] = V[:, :whole].double() @ w[:whole].double()
 
 
 def dots_accumulated_in_half_precision(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-    truth.dots(V, w, ab, out)
+    true_dots(V, w, ab, out)
     out[:-1] = (V.bfloat16().float() @ w.bfloat16().float()).double()
 
 
 def dots_with_the_norm_instead_of_its_square(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-    truth.dots(V, w, ab, out)
+    true_dots(V, w, ab, out)
     out[-1] = out[-1].sqrt()
 
 
 def dots_with_the_square_in_float32(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-    truth.dots(V, w, ab, out)
+    true_dots(V, w, ab, out)
     out[-1] = w @ w
 
 
 def dots_divided_by_the_norm(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
-    truth.dots(V, w, ab, out)
+    true_dots(V, w, ab, out)
     out[:-1] /= out[-1].sqrt()
 
 
 def dots_that_leave_the_last_slot(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
     last = out[-1].clone()
-    truth.dots(V, w, ab, out)
+    true_dots(V, w, ab, out)
     out[-1] = last
 
 
 def dots_that_write_back_unrounded_sums_only(V: Tensor, w: Tensor, ab: Tensor, out: Tensor) -> None:
     """The products are those of the new w, but w itself is not stored."""
-    truth.dots(V, w.clone(), ab, out)
+    true_dots(V, w.clone(), ab, out)
 
 
 def update_with_wrong_sign(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
-    truth.update(V, w, -c, out)
+    true_update(V, w, -c, out)
 
 
 def update_without_last_row(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
-    truth.update(V[:-1], w, c[:-1], out)
+    true_update(V[:-1], w, c[:-1], out)
 
 
 def update_with_the_old_square(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
     old = w.double() @ w.double()
-    truth.update(V, w, c, out)
+    true_update(V, w, c, out)
     out[0] = old
 
 
 def update_with_the_square_in_float32(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
-    truth.update(V, w, c, out)
+    true_update(V, w, c, out)
     out[0] = w @ w
 
 
 def update_with_coefficients_rounded_to_half(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
-    truth.update(V, w, c.bfloat16().double(), out)
+    true_update(V, w, c.bfloat16().double(), out)
 
 
 def update_without_tail(V: Tensor, w: Tensor, c: Tensor, out: Tensor) -> None:
     whole = w.shape[0] // 16 * 16
-    truth.update(V[:, :whole], w[:whole], c, out)
+    true_update(V[:, :whole], w[:whole], c, out)
 
 
 MUTANTS: list[tuple[str, Callable[..., None], Callable[[Case], None]]] = [
@@ -151,7 +172,7 @@ def test_a_wrong_kernel_is_caught(op: str, mutant: Callable[..., None], check: C
     k = case(5, 2 * TILE + 37, torch.float32, pad=3)
     with force(REFERENCE):
         check(k.copy())  # the truth passes on this very case
-    changed: Any = {op: mutant}
+    changed: Any = {op: on_single_vectors(op, mutant)}
     with force(replace(REFERENCE, name="mutant", **changed)), pytest.raises(AssertionError):
         check(k.copy())
 
@@ -162,9 +183,9 @@ def test_a_sum_that_overflows_float32_is_caught(check: Callable[[Case], None]) -
     wrong = replace(
         REFERENCE,
         name="mutant",
-        alpha=lambda v, w, out: alpha_in_float32(v * 1e30, w, out),
-        dots=dots_with_the_square_in_float32,
-        update=update_with_the_square_in_float32,
+        alpha=on_single_vectors("alpha", lambda v, w, out: alpha_in_float32(v * 1e30, w, out)),
+        dots=on_single_vectors("dots", dots_with_the_square_in_float32),
+        update=on_single_vectors("update", update_with_the_square_in_float32),
     )
     with force(REFERENCE):
         check(k.copy())
