@@ -82,7 +82,7 @@ def test_the_cdf_of_the_probe_lies_between_its_certain_bounds(n: int) -> None:
         low = np.r_[0.0, np.cumsum(r.weights.numpy())][np.maximum(i - 1, 0)]
         high = np.cumsum(w)[np.minimum(i + 1, w.size - 1)]
         if not r.exact:
-            assert np.all(F >= low - 1e-6) and np.all(F <= high + 1e-6), case.name
+            assert np.all(low - 1e-6 <= F) and np.all(high + 1e-6 >= F), case.name
 
 
 def test_outliers_weigh_exactly_1_over_n_and_the_null_space_keeps_its_mass() -> None:
