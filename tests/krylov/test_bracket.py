@@ -37,10 +37,9 @@ def truth() -> float:
 
 
 def test_covers_as_often_as_it_says_and_costs_less_than_the_whole():
-    """120 draws at confidence 0.9, each stopped at its first narrow interval; fewer than 98 hits would have a chance of 1e-3."""
+    """120 draws at confidence 0.9, each stopped at its first narrow interval, for which the margins are not corrected."""
     runs = [bracket(mean_of, N, rtol=0.15, seed=seed) for seed in range(120)]
     assert sum(run.lower <= truth() <= run.upper for run in runs) >= 0.9 * len(runs)
-    assert scipy.stats.binom.cdf(97, 120, 0.9) < 1.1e-3  # what the line above would allow if 0.9 were the true coverage
     assert all(run.converged and (run.upper - run.lower) / 2 <= 0.15 * run.value for run in runs)
     assert all(lower <= upper for run in runs for _, lower, upper in run.history)
     widths = [[upper - lower for _, lower, upper in run.history] for run in runs]
@@ -51,11 +50,10 @@ def test_covers_as_often_as_it_says_and_costs_less_than_the_whole():
 
 
 def test_the_upper_side_needs_no_margin_in_expectation():
-    """Jensen: the mean of lambda_max over parts is above that of the whole, here by 22 % at 128 samples and by 6 % at 512."""
-    for b, least in ((128, 0.1), (512, 0.02)):
-        g = torch.Generator().manual_seed(b)
-        tops = [float(torch.linalg.eigvalsh(mean_of(torch.randperm(N, generator=g)[:b])._A)[-1]) for _ in range(100)]
-        assert np.mean(tops) / truth() - 1 > least
+    """Jensen: the mean of lambda_max over parts is above that of the whole, here beyond three standard errors of 100 parts."""
+    g = torch.Generator().manual_seed(1)
+    tops = [float(torch.linalg.eigvalsh(mean_of(torch.randperm(N, generator=g)[:128])._A)[-1]) for _ in range(100)]
+    assert np.mean(tops) - 3 * np.std(tops) / 10 > truth()
 
 
 def test_the_whole_is_exact():
