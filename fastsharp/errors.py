@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastsharp.results import Eigenpairs
+    from fastsharp.results import Eigenpairs, Estimate
 
 
 def listing(items: Sequence[str], most: int = 6) -> str:
@@ -210,7 +210,7 @@ class NotConvergedError(FastsharpError, RuntimeError):
 
     code = "FS400"
 
-    def __init__(self, message: str, partial: Eigenpairs) -> None:
+    def __init__(self, message: str, partial: Eigenpairs | Estimate) -> None:
         super().__init__(message)
         self.partial = partial
 
@@ -223,7 +223,7 @@ class Interrupted(KeyboardInterrupt):
 
     code = "FS401"
 
-    def __init__(self, message: str, partial: Eigenpairs | None) -> None:
+    def __init__(self, message: str, partial: Eigenpairs | Estimate | None) -> None:
         super().__init__(f"{message} [{self.code}]")
         self.partial = partial
 
@@ -234,7 +234,7 @@ class Interrupted(KeyboardInterrupt):
 class NotConvergedWarning(UserWarning):
     """At least one pair missed its tolerance; `.partial` holds all pairs with their flags."""
 
-    def __init__(self, message: str, partial: Eigenpairs) -> None:
+    def __init__(self, message: str, partial: Eigenpairs | Estimate) -> None:
         super().__init__(message)
         self.partial = partial
 

@@ -51,3 +51,22 @@ class Eigenpairs:
         from fastsharp.plots import plot_eigenpairs
 
         return plot_eigenpairs(self, path)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number known by random probes, with the interval that holds the truth at the stated confidence; `float(result)` is the value."""
+
+    value: float
+    stderr: float  # standard error of the value, estimated from the samples of the final stage
+    interval: tuple[float, float]  # both ends; chance, quadrature and rounding
+    confidence: float  # the share of runs whose interval holds the truth, at least
+    samples: int  # probes of the final stage: they alone make the interval; 0 where nothing was left to chance
+    n_matvec: int  # products of the whole run: checks, pilots, sketches and the final stage
+    converged: bool  # half the interval is within the tolerance asked for
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __float__(self) -> float:
+        return self.value
