@@ -11,8 +11,8 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "info", "lanczos"}
-CLASSES = {"CallableOperator", "CountingOperator", "DenseOperator", "Eigenpairs", "Hessian", "SymmetricOperator"}
+CALLS = {"batch_loss", "frobenius", "info", "lanczos", "logdet", "trace", "trace_function"}
+CLASSES = {"CallableOperator", "CountingOperator", "DenseOperator", "Eigenpairs", "Estimate", "Hessian", "SymmetricOperator"}
 MODULES = {"data", "errors", "models"}
 
 

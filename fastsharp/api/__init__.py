@@ -1,3 +1,7 @@
 """The one-line calls: a model and its data in, a result with its doubt out."""
 
 from fastsharp.api.eigenpairs import lanczos as lanczos
+from fastsharp.api.trace import frobenius as frobenius
+from fastsharp.api.trace import logdet as logdet
+from fastsharp.api.trace import trace as trace
+from fastsharp.api.trace import trace_function as trace_function

@@ -23,6 +23,7 @@ from fastsharp.results import Eigenpairs, Estimate
 METHODS = ("auto", "hutchinson", "hutch++", "xtrace", "krylov")
 
 _SMALL = 64  # n up to which the whole matrix is the cheapest answer
+_ASSEMBLED = 2048  # n up to which a matrix is decomposed where its n products are the cheaper way to tr f(H)
 _LEAST_PRODUCTS = 64  # a pilot, one growth of the space and a smallest final stage
 _LEAST_SQUARES = 32  # samples of a smallest final stage for the Frobenius norm, whose variance is known less well
 _STEPS = 200  # of one quadrature, unless its share of the budget is smaller
@@ -138,8 +139,8 @@ def trace_function(
 ) -> Estimate:
     """tr f(H) = E z'f(H)z by Lanczos quadrature of each probe; f maps eigenvalues, (m,) float64, to values of the same shape.
 
-    Every probe costs the steps that its quadrature needs; the interval includes what the quadrature may miss. For n <= 64 the
-    matrix is assembled and decomposed. Other arguments, result and errors as for `trace`; InputError too where f is not finite.
+    Every probe costs the steps that its quadrature needs; the interval includes what the quadrature may miss. The matrix is
+    assembled and decomposed for n <= 64, and for n <= 2048 where the probes would cost more than n products. Other arguments, result and errors as for `trace`; InputError too where f is not finite.
     """
     arguments = {"rtol": rtol, "atol": atol, "confidence": confidence, "method": "auto", "max_products": max_products, "seed": seed}
     check_arguments(name, pairs=None, check=check, **arguments)  # type: ignore[arg-type]
@@ -150,21 +151,27 @@ def trace_function(
 
     def run() -> Estimate:
         if operator.n <= _SMALL:
-            value, rounding = spectral_sum(products, f)
-            return _exact(products, value, rounding, arguments, power=False)
+            return exact()
         steps = min(_STEPS, max_products // 24)
         sampler = Quadrature(products, f, seed, rtol, atol or 0.0, steps)
         ours = Run(
             products,
             sampler,
             Target(rtol, atol, confidence),
-            Budget(max_products, None),
+            Budget(max_products, operator.n if operator.n <= _ASSEMBLED else None),
             power=False,
             on_step=on_step,
             settings=arguments,
         )
         state.append(ours)
-        return ours()
+        try:
+            return ours()
+        except Exact:
+            return exact()
+
+    def exact() -> Estimate:
+        value, rounding = spectral_sum(products, f)
+        return _exact(products, value, rounding, arguments, power=False)
 
     state: list[Run | Kept] = []
     return _guarded(name, products, check, seed, strict, run, state)
