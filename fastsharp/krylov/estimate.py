@@ -144,7 +144,7 @@ class Run:
 
     def _absorbing_pays(self, count: int, before: float | None) -> bool:
         """One more block in the space costs two blocks of products; as the last one did, it would save (1 - ratio) of the samples."""
-        if self._forced and self.absorbed == 0:
+        if self._forced and self.absorbed == 0 and self.seen.variance > 0.0:  # a diagonal H is exact already, and would not stay so
             return self._left() >= 2 * self._cost + self.least
         if self._left() < 2 * self._cost + self.least or before == 0.0 or count <= self.least:
             return False
