@@ -123,7 +123,7 @@ def spectral_sum(products: Products, f: Function) -> tuple[float, float]:
     """sum_i f(lambda_i) of the assembled matrix, n products and n^2 numbers; and 8 eps sum_i |f(lambda_i)|."""
     operator = products.operator
     eye = torch.eye(operator.n, dtype=operator.dtype, device=operator.device)
-    A = torch.cat([products(rows).double().cpu() for rows in eye.split(64)])
+    A = torch.cat([products(rows).double().cpu() for rows in torch.split(eye, 64)])
     e = exponent(largest(A))
     A = scaled(A, -e)
     values = evaluate(f, scaled(torch.linalg.eigvalsh((A + A.T) / 2), e), products.name)

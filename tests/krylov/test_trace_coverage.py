@@ -19,6 +19,7 @@ from fastsharp.krylov.hutchinson import square_samples, trace_samples
 from fastsharp.krylov.products import Products
 from fastsharp.krylov.sketch import leave_one_out
 from fastsharp.krylov.stages import BLOCK, Drawn, Target, error_rate
+from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.operator import DenseOperator
 from fastsharp.results import Estimate
 from tests.oracles.matrices import orthogonal
@@ -32,6 +33,7 @@ SPECTRA = {
     "rank_one": np.r_[1.0, np.zeros(N - 1)],
     "all_negative": -np.linspace(1.0, 2.0, N),
 }
+OUTLIERS = np.r_[np.geomspace(60, 3, 12), np.random.default_rng(0).exponential(0.08, 200), -np.random.default_rng(1).exponential(0.03, 188)]
 # Of 400 runs that cover with a probability of 0.93 (or 0.99), fewer than 357 (more than 399) do so once in 1,000 times
 FEWEST, MOST = 357, 400
 
@@ -116,3 +118,26 @@ def test_xtrace_knows_the_variance_of_dependent_samples(name: str) -> None:
     held = int(((mean - float(A.trace())).abs() <= half).sum())
     assert 905 <= held <= 999, f"{held} of {seeds} intervals hold the truth"
     assert float(half.mean() / mean.std()) <= 1.5 * quantiles.normal(0.975)
+
+
+@pytest.mark.parametrize("spectrum", ["power_law", "outliers"])
+def test_after_a_top_k_run_half_of_the_products_of_hutchpp_do(spectrum: str) -> None:
+    """At the error of Hutch++ with 96 products (32 sketch, 32 exact, 32 samples), Hutchinson beside a Krylov space of 60 steps."""
+    n, steps, third = 400, 60, 32
+    g = torch.Generator().manual_seed(0)
+    d = OUTLIERS if spectrum == "outliers" else np.r_[60 * np.arange(1, 267) ** -0.8, -4 * np.arange(1, 135) ** -0.8]
+    Q = orthogonal(n)
+    A = torch.from_numpy((Q * d) @ Q.T)
+    run = Tridiagonal(DenseOperator(A), torch.randn(n, generator=g, dtype=torch.float64), lambda: torch.ones(n, dtype=torch.float64), steps)
+    for _ in range(steps):
+        run.step()
+
+    def left(basis: torch.Tensor) -> float:
+        """Variance of one sample beside the rows of `basis`."""
+        P = torch.eye(n, dtype=torch.float64) - basis.T @ basis
+        B = P @ A @ P
+        return 2 * float(B.square().sum() - B.diagonal().square().sum())
+
+    signs = (1.0 - 2.0 * torch.randint(0, 2, (8, n, third), generator=g)).double()
+    hutchpp = np.mean([left(torch.linalg.qr(A @ s)[0].T) for s in signs]) / third
+    assert left(run.V) / hutchpp <= 3 * third / 2
