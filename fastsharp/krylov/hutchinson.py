@@ -88,7 +88,8 @@ def square_samples(z: torch.Tensor, u: torch.Tensor) -> Drawn:
     """||u||^2 per row for u = Bz, with its variance from pairs of rows: E (u_k'u_l)^2 = ||B^2||_F^2 for k != l.
 
     The variance of a quadratic form in signs leaves out the diagonal of B^2: E sum_i u_ki^2 u_li^2 = sum_i (B^2)_ii^2. Where all
-    values agree to rounding, as for a diagonal B, the variance is zero.
+    values agree to rounding, as for a diagonal B, the variance is zero. The pairs cancel where the diagonal rules, so the values' own
+    variance, unbiased as well, takes over where it is the larger one: a little wide, never short.
     """
     b = u.shape[0]
     gram = torch.zeros((b, b), dtype=torch.float64, device=u.device)
@@ -103,7 +104,7 @@ def square_samples(z: torch.Tensor, u: torch.Tensor) -> Drawn:
         return Drawn(values.cpu(), 0.0, mean)
     apart = ~torch.eye(b, dtype=torch.bool, device=u.device)
     pairs = float((gram.square() - diagonal)[apart].mean())
-    return Drawn(values.cpu(), 2 * max(pairs, 0.0), mean)
+    return Drawn(values.cpu(), max(2 * pairs, float(values.var())), mean)
 
 
 def diagonal(products: Products, *, squares: bool) -> tuple[float, float]:
