@@ -7,7 +7,11 @@ from fastsharp._environment import __version__ as __version__
 from fastsharp._environment import info as info
 from fastsharp.api import bracket as bracket
 from fastsharp.api import density as density
+from fastsharp.api import frobenius as frobenius
 from fastsharp.api import lanczos as lanczos
+from fastsharp.api import logdet as logdet
+from fastsharp.api import trace as trace
+from fastsharp.api import trace_function as trace_function
 from fastsharp.curvature.hessian import Hessian as Hessian
 from fastsharp.losses import batch_loss as batch_loss
 from fastsharp.operator import CallableOperator as CallableOperator
@@ -17,3 +21,4 @@ from fastsharp.operator import SymmetricOperator as SymmetricOperator
 from fastsharp.results import Bracket as Bracket
 from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
+from fastsharp.results import Estimate as Estimate

@@ -33,12 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as e:  # argparse exits by itself for --help and usage errors
         return e.code if isinstance(e.code, int) else USAGE
     from fastsharp.errors import FastsharpError, Interrupted
+    from fastsharp.results import Eigenpairs
 
     try:
         return int(args.run(args))
     except Interrupted as e:
         print(f"fastsharp: {e}", file=sys.stderr)
-        if e.partial is not None:
+        if isinstance(e.partial, Eigenpairs):
             from fastsharp._report import table
 
             _console().print(table(e.partial))

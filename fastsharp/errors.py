@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastsharp.results import Bracket, Eigenpairs
+    from fastsharp.results import Bracket, Eigenpairs, Estimate
 
 
 def listing(items: Sequence[str], most: int = 6) -> str:
@@ -228,7 +228,7 @@ class NotConvergedError(FastsharpError, RuntimeError):
 
     code = "FS400"
 
-    def __init__(self, message: str, partial: Eigenpairs) -> None:
+    def __init__(self, message: str, partial: Eigenpairs | Estimate) -> None:
         super().__init__(message)
         self.partial = partial
 
@@ -252,7 +252,7 @@ class Interrupted(KeyboardInterrupt):
 class NotConvergedWarning(UserWarning):
     """At least one pair missed its tolerance; `.partial` holds all pairs with their flags."""
 
-    def __init__(self, message: str, partial: Eigenpairs | Bracket) -> None:
+    def __init__(self, message: str, partial: Eigenpairs | Estimate | Bracket) -> None:
         super().__init__(message)
         self.partial = partial
 

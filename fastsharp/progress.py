@@ -14,9 +14,11 @@ class Progress:
     """Context manager around a run; `on_step` is the solver's callback.
 
     shown   True: from the first step; False: never; None: after a second, where the error stream is a terminal
+    label   what runs; `value` what its first value is called
     """
 
-    def __init__(self, shown: bool | None) -> None:
+    def __init__(self, shown: bool | None, label: str = "Lanczos", value: str = "top") -> None:
+        self._label, self._value = label, value
         self._asked = bool(shown)
         self._wanted = sys.stderr.isatty() if shown is None else shown
         self._start = time.monotonic()
@@ -43,7 +45,7 @@ class Progress:
             return
         if self._bar is None:
             self._open()
-        top = f"top {float(values[0]):.5g}" if len(values) else ""
+        top = f"{self._value} {float(values[0]):.5g}" if len(values) else ""
         total = max(int(estimate), step)
         left = elapsed / step * (total - step)
         self._bar.update(self._task, completed=step, total=total, top=top, left=f"about {_spoken(left)} left" if total > step else "")
@@ -54,7 +56,7 @@ class Progress:
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("Lanczos"),
+            TextColumn(self._label),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("products  {task.fields[top]}  {task.fields[left]}"),

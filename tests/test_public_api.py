@@ -11,8 +11,18 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "bracket", "density", "info", "lanczos"}
-CLASSES = {"Bracket", "CallableOperator", "CountingOperator", "DenseOperator", "Density", "Eigenpairs", "Hessian", "SymmetricOperator"}
+CALLS = {"batch_loss", "bracket", "density", "frobenius", "info", "lanczos", "logdet", "trace", "trace_function"}
+CLASSES = {
+    "Bracket",
+    "CallableOperator",
+    "CountingOperator",
+    "DenseOperator",
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "Hessian",
+    "SymmetricOperator",
+}
 MODULES = {"data", "errors", "models"}
 
 

@@ -3,3 +3,7 @@
 from fastsharp.api.bracket import bracket as bracket
 from fastsharp.api.density import density as density
 from fastsharp.api.eigenpairs import lanczos as lanczos
+from fastsharp.api.trace import frobenius as frobenius
+from fastsharp.api.trace import logdet as logdet
+from fastsharp.api.trace import trace as trace
+from fastsharp.api.trace import trace_function as trace_function

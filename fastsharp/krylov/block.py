@@ -9,6 +9,7 @@ Source: Wu & Simon, Thick-restart Lanczos method for large symmetric eigenvalue 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -57,19 +58,29 @@ class Block:
 
         Scaled by a power of two first: LAPACK then sees the same bits for T and 2^p T.
         """
-        m, kept = self.size, len(self.head)
-        if self._solved is None or self._solved[0].numel() != m:
-            beta = self.beta[: m - kept - 1] if m > kept else []
-            coupled = self.coupling if m > kept else []
-            e = exponent(max(map(abs, self.head + coupled + self.alpha + beta)))
-            T = torch.zeros(m, m, dtype=torch.float64)
-            T.diagonal().copy_(scale(torch.tensor(self.head + self.alpha, dtype=torch.float64), -e))
-            T.diagonal(-1)[kept:].copy_(scale(torch.tensor(beta, dtype=torch.float64), -e))  # LAPACK reads the lower half
-            if coupled:
-                T[kept, :kept] = scale(torch.tensor(coupled, dtype=torch.float64), -e)
+        if self._solved is None or self._solved[0].numel() != self.size:
+            T, e = self._scaled()
             theta, S = torch.linalg.eigh(T)
             self._solved = scaled(theta, e), S.T
         return self._solved
+
+    def matrix(self) -> torch.Tensor:
+        """T of this block, (m, m) float64 on the host."""
+        T, e = self._scaled()
+        return scale(T + T.tril(-1).T, e)
+
+    def _scaled(self) -> tuple[torch.Tensor, int]:
+        """The lower half of 2^-e T, which LAPACK reads, with its largest entry near one; and e."""
+        m, kept = self.size, len(self.head)
+        beta = self.beta[: m - kept - 1] if m > kept else []
+        coupled = self.coupling if m > kept else []
+        e = exponent(max(map(abs, self.head + coupled + self.alpha + beta)))
+        T = torch.zeros(m, m, dtype=torch.float64)
+        T.diagonal().copy_(scale(torch.tensor(self.head + self.alpha, dtype=torch.float64), -e))
+        T.diagonal(-1)[kept:].copy_(scale(torch.tensor(beta, dtype=torch.float64), -e))
+        if coupled:
+            T[kept, :kept] = scale(torch.tensor(coupled, dtype=torch.float64), -e)
+        return T, e
 
     def residuals(self) -> torch.Tensor:
         """||A x_i - theta_i x_i|| of each Ritz pair of `solve`: what leads out of the block, (m,) float64 on the host."""
@@ -77,6 +88,13 @@ class Block:
         if self.alpha:
             return self.beta[len(self.alpha) - 1] * S[:, -1].abs()
         return torch.tensor(self.coupling, dtype=torch.float64)[S.abs().argmax(1)].abs()
+
+    @property
+    def leak(self) -> float:
+        """||A V' - V' T||_F of its rows."""
+        if self.alpha:
+            return self.beta[len(self.alpha) - 1]
+        return math.hypot(*self.coupling)
 
     def epoch(self) -> Epoch:
         """This block's share of the record that a restart leaves behind."""
