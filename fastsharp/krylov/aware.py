@@ -43,7 +43,11 @@ class KrylovSpace:
     @staticmethod
     def of_run(state: Tridiagonal) -> KrylovSpace:
         """The whole basis of a Lanczos run; V is a view, valid until the run's next step."""
-        T = torch.block_diag(*(block.matrix() for block in state.blocks if block.size))
+        T = torch.zeros((state.size, state.size), dtype=torch.float64)
+        for block in state.blocks:
+            rows = slice(block.start, block.start + block.size)
+            if block.size:
+                T[rows, rows] = block.matrix()
         leak = math.hypot(*(block.leak for block in state.blocks))
         shift = state.shift or 0
         return KrylovSpace(state.V, scaled(T, shift), math.ldexp(leak, shift))
