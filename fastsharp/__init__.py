@@ -10,6 +10,7 @@ from fastsharp.api import density as density
 from fastsharp.api import frobenius as frobenius
 from fastsharp.api import lanczos as lanczos
 from fastsharp.api import logdet as logdet
+from fastsharp.api import spectrum as spectrum
 from fastsharp.api import trace as trace
 from fastsharp.api import trace_function as trace_function
 from fastsharp.curvature.hessian import Hessian as Hessian
@@ -22,3 +23,4 @@ from fastsharp.results import Bracket as Bracket
 from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
+from fastsharp.results import Spectrum as Spectrum

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "bracket", "density", "frobenius", "info", "lanczos", "logdet", "trace", "trace_function"}
+CALLS = {"batch_loss", "bracket", "density", "frobenius", "info", "lanczos", "logdet", "spectrum", "trace", "trace_function"}
 CLASSES = {
     "Bracket",
     "CallableOperator",
@@ -21,6 +21,7 @@ CLASSES = {
     "Eigenpairs",
     "Estimate",
     "Hessian",
+    "Spectrum",
     "SymmetricOperator",
 }
 MODULES = {"data", "errors", "models"}

@@ -50,16 +50,25 @@ class Complement:
 
     def draw(self) -> Drawn:
         """BLOCK samples for BLOCK products."""
+        z, u, size = self.block()
+        self.see(size)
+        return (square_samples if self.squares else trace_samples)(z, u)
+
+    def see(self, size: float) -> None:
+        """Take note of ||Hz|| for the rounding."""
+        self._largest = max(self._largest, size**2 if self.squares else math.sqrt(self.products.operator.n) * size)
+
+    def block(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """The next BLOCK probes z, their images u = Bz, and the largest ||Hz||."""
         operator = self.products.operator
         z = torch.empty((BLOCK, operator.n), dtype=operator.dtype, device=operator.device)
         ops.probes("rademacher", out=z, seed=self.seed, first=self.drawn)
         self.drawn += BLOCK
         u = self.products(self.space.project(z.clone()))
-        norm = max(float(row.double().norm()) for row in u)
-        self._largest = max(self._largest, norm**2 if self.squares else math.sqrt(operator.n) * norm)
+        size = max(float(torch.linalg.vector_norm(row, dtype=torch.float64)) for row in u)
         self.space.project(u)
         self._images = u
-        return (square_samples if self.squares else trace_samples)(z, u)
+        return z, u, size
 
     def absorb(self) -> bool:
         """Put the images of the last block into the space, at most BLOCK products; False if there is nothing to gain."""

@@ -102,7 +102,7 @@ def lanczos(
             on_plan(plan)
         result, settled = _iterate(operator, request, plan, v0, PROBE_PRODUCTS if probed else 0, on_step)
     operator.check_unchanged()
-    _report_failure(result, request, settled)
+    report_failure(result, request, settled)
     return result
 
 
@@ -170,7 +170,7 @@ def _mix(v0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return normalised(v0) + _MIX * normalised(z)
 
 
-def _report_failure(result: Eigenpairs, request: Request, settled: bool) -> None:
+def report_failure(result: Eigenpairs, request: Request, settled: bool) -> None:
     """Warn or raise if a pair missed its tolerance, or if the run ended before the list of wanted values settled."""
     good = int(result.converged.sum())
     if settled and good == request.k:

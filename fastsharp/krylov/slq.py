@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from fastsharp import ops
 from fastsharp.errors import ArgumentTypeError, InputError, Interrupted, NotSymmetricError, StaleOperatorError
 from fastsharp.krylov.batch import Batch
+from fastsharp.krylov.block import Block
 from fastsharp.krylov.cdf import cdf_bounds, w1_bound
 from fastsharp.krylov.quadrature import Rule, combined, rule
 from fastsharp.krylov.rows import norm, scaled
@@ -56,7 +58,7 @@ def density(
 
     def result() -> Density | None:
         done = state is not None and all(block.alpha for block in state.blocks)
-        return _assemble(state, squares, request, extra) if state is not None and done else None
+        return assemble(Recurrences.of(state), squares, request, extra) if state is not None and done else None
 
     extra = PROBE_PRODUCTS if needs_probes(operator, check) else 0
     try:
@@ -73,7 +75,7 @@ def density(
             if on_step is not None:
                 on_step(state.n_matvec, (), state.n_matvec + state.live * (state.steps - state.size))
         operator.check_unchanged()
-        return _assemble(state, squares, request, extra)
+        return assemble(Recurrences.of(state), squares, request, extra)
     except KeyboardInterrupt as interrupt:  # a second one, while the partial result is assembled, passes through
         taken = state.n_matvec if state is not None else 0
         raise Interrupted(f"density: interrupted after {taken} products; .partial holds the density so far.", result()) from interrupt
@@ -99,7 +101,25 @@ def check_arguments(n: int, *, probes: int, steps: int, kind: str, seed: int, ch
             raise InputError(f"density: {name} is {choice!r}, expected one of {', '.join(map(repr, choices))}.")
 
 
-def _assemble(state: Batch, squares: list[float], request: dict[str, object], extra: int) -> Density:
+@dataclass(frozen=True)
+class Recurrences:
+    """What a density is assembled from: one T a probe, and the run behind them."""
+
+    operator: SymmetricOperator
+    blocks: list[Block]
+    n: int
+    eps: float
+    norms: list[float]
+    shift: int | None
+    n_matvec: int
+    second_passes: int
+
+    @staticmethod
+    def of(state: Batch) -> Recurrences:
+        return Recurrences(state.operator, state.blocks, state.n, state.eps, state.norms, state.shift, state.n_matvec, state.second_passes)
+
+
+def assemble(state: Recurrences, squares: list[float], request: dict[str, object], extra: int) -> Density:
     """Quadratures, their combination and its bounds, in units of 2^shift, and then scaled back."""
     operator, shift = state.operator, state.shift or 0
     rules = [rule(block, square) for block, square in zip(state.blocks, squares, strict=True)]
@@ -140,7 +160,7 @@ def _widths(rules: list[Rule], nodes: torch.Tensor) -> torch.Tensor:
     return torch.stack([spacing(r.nodes, nodes) for r in rules]).mean(0) / 2
 
 
-def _notes(state: Batch, rules: list[Rule], fixed: int, extra: int, bounded: bool) -> list[str]:
+def _notes(state: Recurrences, rules: list[Rule], fixed: int, extra: int, bounded: bool) -> list[str]:
     notes = []
     if extra:
         notes.append(f"symmetry and repeatability were tested with {extra} further products")

@@ -60,11 +60,11 @@ class Samples:
 
     @property
     def energy(self) -> float:
-        return sum(b.energy * b.values.numel() for b in self.blocks) / len(self)
+        return sum(b.energy * b.values.numel() for b in self.blocks) / max(len(self), 1)
 
     @property
     def doubt(self) -> float:
-        return sum(b.doubt * b.values.numel() for b in self.blocks) / len(self)
+        return sum(b.doubt * b.values.numel() for b in self.blocks) / max(len(self), 1)
 
 
 @dataclass(frozen=True)

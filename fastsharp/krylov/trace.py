@@ -25,7 +25,7 @@ METHODS = ("auto", "hutchinson", "hutch++", "xtrace", "krylov")
 _SMALL = 64  # n up to which the whole matrix is the cheapest answer
 _ASSEMBLED = 2048  # n up to which a matrix is decomposed where its n products are the cheaper way to tr f(H)
 _LEAST_PRODUCTS = 64  # a pilot, one growth of the space and a smallest final stage
-_LEAST_SQUARES = 32  # samples of a smallest final stage for the Frobenius norm, whose variance is known less well
+LEAST_SQUARES = 32  # samples of a smallest final stage for the Frobenius norm, whose variance is known less well
 _STEPS = 200  # of one quadrature, unless its share of the budget is smaller
 
 
@@ -225,7 +225,7 @@ def _diagonal_quantity(
                 sampler,
                 target,
                 budget,
-                least=_LEAST_SQUARES if squares else MIN_FINAL,
+                least=LEAST_SQUARES if squares else MIN_FINAL,
                 root=squares,
                 absorb=sampler.absorb if method in ("auto", "hutch++") else None,
                 forced=method == "hutch++",
