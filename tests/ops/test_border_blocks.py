@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,29 +171,29 @@ def test_new_ops_refuse_tensors_inside_torch_func_transforms() -> None:
 FAR = 2**31 + 9  # elements between two rows: beyond what 32 bits count
 
 
-def apart(t: Tensor) -> Tensor:
-    """t (2, ...) with its two halves FAR elements apart, in memory of which only they are touched."""
-    storage = torch.empty(FAR + t[0].numel(), dtype=t.dtype)
+def apart(t: Tensor, folder: Path) -> Tensor:
+    """t (2, ...) with its two halves FAR elements apart, in a sparse file of which only their pages exist."""
+    storage = torch.from_file(str(folder / f"{len(list(folder.iterdir()))}"), shared=True, size=FAR + t[0].numel(), dtype=t.dtype)
     return storage.as_strided(t.shape, (FAR, *t[0].contiguous().stride())).copy_(t)
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.float32], ids=str)
-def test_offsets_beyond_32_bits(storage: torch.dtype) -> None:
+def test_offsets_beyond_32_bits(storage: torch.dtype, tmp_path: Path) -> None:
     n = 3000
     p = block("single", 1, 1, 2, n, storage)
-    far = Block("single", apart(p.V[0])[None], p.w, p.last, p.ab, p.c, p.factor)
+    far = Block("single", apart(p.V[0], tmp_path)[None], p.w, p.last, p.ab, p.c, p.factor)
     check_dots(far)
     check_update(far, with_row=True)
     check_combine(torch.ones(3, 2, dtype=D), far.V[0])
     p = block("members", 2, 1, 3, n, storage)
-    members = Block("members", apart(p.V), p.w, p.last, p.ab, p.c, p.factor)
+    members = Block("members", apart(p.V, tmp_path), p.w, p.last, p.ab, p.c, p.factor)
     check_dots(members)
     check_update(members, with_row=True)
     p = block("vectors", 1, 2, 3, n, storage)
-    vectors = Block("vectors", p.V, apart(p.w[0])[None], p.last, p.ab, p.c, p.factor)
+    vectors = Block("vectors", p.V, apart(p.w[0], tmp_path)[None], p.last, p.ab, p.c, p.factor)
     check_dots(vectors, removal=False)
-    rows = probes("normal", out=apart(torch.zeros(2, n)), seed=4)
+    rows = probes("normal", out=apart(torch.zeros(2, n), tmp_path), seed=4)
     assert torch.equal(rows, probes("normal", out=torch.empty(2, n), seed=4))
-    out = apart(torch.zeros(2, n))
+    out = apart(torch.zeros(2, n), tmp_path)
     combine(torch.eye(2, dtype=D), p.w[0].to(storage), out=out)
     assert torch.equal(out, p.w[0].to(storage).float())
