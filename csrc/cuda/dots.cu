@@ -15,7 +15,7 @@
 //
 // Note on numerical properties: products of float in float within a chunk (8 in a lane, then a butterfly), chunks in double; w'w in
 // double throughout; what is removed is subtracted in double and w rounded once. No atomics: chunks are dealt to warps by
-// LaunchConfig, a function of n alone, and the bits depend on neither E, b, j, alignment nor the GPU.
+// LaunchConfig, a function of n alone, and the bits depend on neither E, b, j nor alignment.
 #include "chunk.cuh"
 #include "plan.cuh"
 

@@ -6,7 +6,7 @@
 // is the limit already for b = 1.
 //
 // Note on numerical properties: w is rounded once, after all rows; w'w is that of the rounded w. The next row is factor[e] w in
-// double, rounded once to the storage type. The bits depend on neither E, b, alignment nor the GPU.
+// double, rounded once to the storage type. The bits depend on neither E, b nor alignment.
 #include "chunk.cuh"
 #include "plan.cuh"
 
