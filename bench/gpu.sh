@@ -3,8 +3,8 @@
 #
 #   --quick     kernel tests, memcheck alone, small benchmarks: about three minutes
 #   --dry-run   the halves that need no GPU, to test this script where there is none
-#   OUT=DIR     where results go (bench/results/gpu), at most 8 files: environment.txt build.log tests.log sanitizer.log
-#               bench.json rows.jsonl bench.log
+#   OUT=DIR     where results go (bench/results/gpu), at most 8 files: environment.txt build.log registers.txt tests.log
+#               sanitizer.log bench.json rows.jsonl bench.log
 # Needs torch, nvcc, pybind11, ninja, setuptools, numpy, pytest and no network. What else is missing only skips, and is named.
 set -uo pipefail
 quick=0 dry=0
@@ -46,6 +46,8 @@ if ((!dry)) && [ -z "${FASTSHARP_CUDA_ARCHS:-}" ]; then
     export FASTSHARP_CUDA_ARCHS
 fi
 run "build" build.log python3 setup.py build_ext --inplace
+# registers, spills and shared memory of every kernel, as ptxas reported them
+cat build/native-*/_cuda/*.ptxas.txt >"$out/registers.txt" 2>/dev/null || echo "no report: _cuda was not built" >"$out/registers.txt"
 {
     python3 -m fastsharp.cli info
     command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader

@@ -1,4 +1,7 @@
 // alpha[e] = v_e'w_e on a GPU: two streams read once, products and sums in double.
+//
+// v1  a BLAS dot in the vectors' type: one launch more for the conversion, and float sums.
+// v2  the chunks of dots, 16-byte loads of both streams, one warp sum at the very end.      <- this file
 #include "chunk.cuh"
 #include "plan.cuh"
 

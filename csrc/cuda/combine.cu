@@ -3,7 +3,8 @@
 // A warp takes a chunk of 256 columns and four combinations, whose sums it holds in registers; the next warp of the block takes the
 // next four of the same columns, so that all but the first find the rows in L1. C lies in shared memory where it fits
 // (k j <= 6144), else it is read through L1.
-// v1, a warp holding eight combinations at once, needs 170 registers: half the warps, and more idle sums for the usual k = 5.
+// v1  a warp holding eight combinations: 128 registers for the sums alone, so half the warps, and idle sums for the usual k = 5.
+// v2  four combinations to a warp, the neighbours sharing columns.      <- this file
 //
 // Note on numerical properties: every entry of X is a sum over the rows in order, in double, rounded once; the bits do not depend on
 // the launch.

@@ -15,7 +15,7 @@
 //
 // Note on numerical properties: products of float in float within a chunk (8 in a lane, then a butterfly), chunks in double; w'w in
 // double throughout; what is removed is subtracted in double and w rounded once. No atomics: chunks are dealt to warps by
-// LaunchConfig, a function of n alone, and the bits depend on neither E, b, j, alignment nor the GPU.
+// LaunchConfig, a function of n alone, and the bits depend on neither E, b, j nor alignment.
 #include "chunk.cuh"
 #include "plan.cuh"
 
@@ -138,7 +138,23 @@ template <class T> Removed<T> from_member(const Removed<T>& r, i64 e) {
     return s;
 }
 
+constexpr i64 kMaxGrid = 2048; // about 8 waves of blocks on the largest GPU: the last wave costs little, the partial sums stay few
+
 } // namespace
+
+LaunchConfig LaunchConfig::of(i64 n) {
+    const i64 blocks = ceil_div(n, kChunk * (kBlock / kWarp));
+    return {static_cast<int>(blocks < kMaxGrid ? blocks : kMaxGrid), kBlock};
+}
+
+i64 workspace_size(LaunchConfig config, i64 E, i64 b, i64 j) {
+    i64 sums = 0; // of the largest launch, which is one of dots; alpha and update are the case j = 0
+    for (int vectors = 1; vectors <= kLargestGroup && vectors <= b; vectors *= 2) {
+        const i64 rows = j < rows_of_a_launch(vectors) ? j : rows_of_a_launch(vectors);
+        sums = vectors * (rows + 1) > sums ? vectors * (rows + 1) : sums;
+    }
+    return (E < config.members ? E : config.members) * sums * config.grid;
+}
 
 template <class S, class T> Status dots(const Problem<S, T>& p, const Removed<T>& removed, Scalars<double> out, double* work,
                                         LaunchConfig config, int device, void* stream) {

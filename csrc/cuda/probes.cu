@@ -1,7 +1,8 @@
 // Random vectors on a GPU: Philox-4x32-10 as fastsharp/ops/krylov.py defines it, so that every device draws the same numbers.
 //
-// A thread writes four neighbours of a row, one 16-byte store for float. For Rademacher entries 32 threads compute the same Philox
-// block, about 90 integer instructions for 16 bytes: still above the write bandwidth, and simpler than handing bits round.
+// v1  a thread per Philox block: no work twice, but 128 neighbours per thread, so that a warp's stores touch 32 separate lines.
+// v2  a thread writes four neighbours of a row, one 16-byte store for float. For Rademacher entries 32 threads compute the same
+//     block, about 90 integer instructions for 16 bytes: less than the store takes, as counted, not measured.      <- this file
 //
 // Note on numerical properties: normals in double, rounded once to float; sincospi takes its argument exactly, and differs from the
 // definition's cos(2 pi x) by its last bit or so.

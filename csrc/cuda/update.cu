@@ -1,12 +1,14 @@
 // w_i <- w_i - V'c_i, w_i'w_i and the next row of the basis on a GPU, in one pass over V.
 //
+// v1  w - V'c by a BLAS gemv in float, then a dot for w'w, then a copy into the basis: w is read and written three times.
+// v2  all in one pass, the sum over rows in double, for up to four vectors at once.      <- this file
 // As dots, a warp keeps 8 elements of each vector per lane and loops over the rows by itself, four rows of 16-byte loads at a time;
 // there is nothing to reduce in the loop. The sum over rows is kept in double: one conversion per element of V and one
 // FMA per element and vector, below the bandwidth of a data-centre GPU up to b = 4. Where the double rate is 1/64, it
 // is the limit already for b = 1.
 //
 // Note on numerical properties: w is rounded once, after all rows; w'w is that of the rounded w. The next row is factor[e] w in
-// double, rounded once to the storage type. The bits depend on neither E, b, alignment nor the GPU.
+// double, rounded once to the storage type. The bits depend on neither E, b nor alignment.
 #include "chunk.cuh"
 #include "plan.cuh"
 

@@ -1,7 +1,6 @@
 // Runs the kernels of csrc/cuda on the CPU: one OS thread per CUDA thread of a block, so that ASan, UBSan and ThreadSanitizer
-// see what the kernel does. Each OS thread walks through the blocks in order on its own; nothing orders one block against
-// another, as on a GPU, and a thread's place in the block moves on by one from block to block. So an unordered access across
-// blocks is a reported race as well, also when both sides are thread 0.
+// see what the kernel does. The blocks of a launch (up to 16 at a time) have threads of their own and nothing orders one against
+// another, as on a GPU: an unordered access across blocks is a reported race as well.
 //
 //   __syncthreads        a barrier of the threads that have not returned; reached from two source lines it is an error
 //   shuffles             every lane of the mask must exist, be alive and come from the same line; the source must be in the mask.
@@ -154,28 +153,30 @@ namespace fastsharp::shim {
 inline int device = 0;
 inline cudaError_t next_error = cudaSuccess;
 inline Pool pool;
+constexpr i64 kBlocks = 16; // at a time
 
 template <class Kernel, class... Args> void launch(Kernel kernel, i64 grid_x, i64 grid_y, int threads, std::size_t dynamic, Args... args) {
     if (grid_x < 1 || grid_x > std::numeric_limits<int>::max() || grid_y < 1 || grid_y > 65535 || threads < kLanes || threads > 1024 ||
         threads % kLanes != 0)
         fail("the launch has an impossible shape", 0);
-    std::vector<std::unique_ptr<Block>> blocks;
-    for (i64 b = 0; b < grid_x * grid_y; ++b)
-        blocks.push_back(std::make_unique<Block>(threads, dynamic));
-    pool.run(threads, [&](int worker) {
-        blockDim = {static_cast<unsigned>(threads), 1, 1};
-        gridDim = {static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1};
-        for (std::size_t b = 0; b < blocks.size(); ++b) {
-            thread = static_cast<int>((static_cast<std::size_t>(worker) + b) % static_cast<std::size_t>(threads));
+    const i64 grid = grid_x * grid_y;
+    for (i64 wave = 0; wave < grid; wave += kBlocks) {
+        std::vector<std::unique_ptr<Block>> blocks;
+        for (i64 b = wave; b < grid && b < wave + kBlocks; ++b)
+            blocks.push_back(std::make_unique<Block>(threads, dynamic));
+        pool.run(static_cast<int>(blocks.size()) * threads, [&](int worker) {
+            const i64 index = wave + worker / threads;
+            thread = worker % threads;
             threadIdx.x = static_cast<unsigned>(thread);
-            blockIdx.x = static_cast<unsigned>(static_cast<i64>(b) % grid_x);
-            blockIdx.y = static_cast<unsigned>(static_cast<i64>(b) / grid_x);
-            block = blocks[b].get();
+            blockIdx = {static_cast<unsigned>(index % grid_x), static_cast<unsigned>(index / grid_x), 0};
+            blockDim = {static_cast<unsigned>(threads), 1, 1};
+            gridDim = {static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1};
+            block = blocks[static_cast<std::size_t>(worker / threads)].get();
             kernel(args...);
             block->warps[static_cast<std::size_t>(thread / kLanes)].leave(thread % kLanes);
             block->barrier.leave();
-        }
-    });
+        });
+    }
 }
 
 } // namespace fastsharp::shim

@@ -37,6 +37,17 @@ __global__ void beyond_global(const double* x, double* out) { out[threadIdx.x] =
 
 __global__ void blocks_share_an_output(const double* x, double* out) { out[(threadIdx.x + blockIdx.x) % 64] = x[threadIdx.x]; }
 
+__global__ void blocks_share_thread_zero(const double* x, double* out) {
+    if (threadIdx.x == 0)
+        out[0] = x[0];
+}
+
+__global__ void too_much_shared(const double* x, double* out) {
+    FS_SHARED(double, s, 6145);
+    s[threadIdx.x] = x[threadIdx.x];
+    out[threadIdx.x] = s[threadIdx.x];
+}
+
 __global__ void two_barriers(const double* x, double* out) {
     if (threadIdx.x % 2 == 0) {
         __syncthreads();
@@ -79,6 +90,8 @@ int main(int argc, char** argv) {
                                                   {"beyond_shared", beyond_shared},
                                                   {"beyond_global", beyond_global},
                                                   {"blocks_share_an_output", blocks_share_an_output},
+                                                  {"blocks_share_thread_zero", blocks_share_thread_zero},
+                                                  {"too_much_shared", too_much_shared},
                                                   {"two_barriers", two_barriers},
                                                   {"lane_outside_mask", lane_outside_mask},
                                                   {"lane_has_returned", lane_has_returned},
@@ -87,7 +100,8 @@ int main(int argc, char** argv) {
     for (const auto& [name, kernel] : all) {
         if (fault != name)
             continue;
-        FS_LAUNCH(kernel, 3, 64, 0, nullptr, x.data(), out.data());
+        const bool across = fault.rfind("blocks", 0) == 0; // all blocks of these kernels write the same output
+        FS_LAUNCH(kernel, across ? 3 : 1, 1, 64, 0, nullptr, x.data(), out.data());
         if (out[0] != out[0])
             std::fprintf(stderr, "planted: a NaN from shared memory\n");
         return out[0] == 1.0 ? 0 : 4;

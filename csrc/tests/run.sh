@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # C++ tests of the kernels, without Python, torch or a GPU, under AddressSanitizer + UBSan and under ThreadSanitizer.
-# Also plants faults and demands that they are caught. Usage: csrc/tests/run.sh [build folder]; exit status 0: all as it should be.
+# Also demands that faults are caught: those of planted.cpp, and those that it puts into copies of the CUDA kernels themselves.
+# Usage: csrc/tests/run.sh [build folder]; JOBS=N at a time (the number of cores); exit status 0: all as it should be.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 csrc=$(dirname "$here")
 build=${1:-$csrc/../build/csrc-tests}
-mkdir -p "$build"
 CXX=${CXX:-g++}
-flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=fast -pthread -Wall -Wextra -Wconversion -Wshadow -Werror -Wno-psabi
+flags=(-std=c++17 -g1 -fno-omit-frame-pointer -ffp-contract=fast -pthread -Wall -Wextra -Wconversion -Wshadow -Werror -Wno-psabi
        -I"$csrc/include" -I"$csrc/cuda" -I"$csrc/tests")
 asan=(-fsanitize=address,undefined -fno-sanitize-recover=all)
 tsan=(-fsanitize=thread)
@@ -17,52 +17,96 @@ export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS
 still=()
 if setarch "$(uname -m)" -R true 2>/dev/null; then still=(setarch "$(uname -m)" -R); fi
 
-compile() { # name sanitizer sources...
-    local name=$1 kind=$2
-    shift 2
-    local -n extra=$kind
-    "$CXX" "${flags[@]}" "${extra[@]}" "$@" -o "$build/$name.$kind" -ldl
+rm -rf "$build"/{objects,mutants,results,programs}  # a stale program must not pass for a new one
+mkdir -p "$build"/{objects,mutants,results,programs}
+cd "$build"
+limit() { while (($(jobs -rp | wc -l) >= ${JOBS:-$(nproc)})); do sleep 0.1; done; }
+compile() { # sanitizer, g++ arguments...
+    local -n extra=$1
+    "$CXX" "${flags[@]}" "${extra[@]}" "${@:2}"
 }
 
-rm -f "$build"/*.asan "$build"/*.tsan  # a stale program must not pass for a new one
-limit() { while (($(jobs -rp | wc -l) >= ${JOBS:-2})); do sleep 0.2; done; }
+# Without optimisation where the time goes into the compiler, and for CUDA kernels into changes of thread, rather than into arithmetic.
+declare -A level=([asan]=-O0 [tsan]=-O1) # of the CPU kernels
 started=()
 start() { limit; compile "$@" & started+=($!); }
 for kind in asan tsan; do
-    start test_krylov_cpu $kind "$here/test_krylov_cpu.cpp" "$csrc/cpu/krylov.cpp"
-    start test_krylov_cuda_host $kind "$here/test_krylov_cuda_host.cpp"
-    start planted $kind "$here/planted.cpp"
+    for source in "$csrc"/cpu/*.cpp "$here/test_krylov_cpu.cpp"; do
+        start $kind ${level[$kind]} -c "$source" -o "objects/cpu_$(basename "$source" .cpp).$kind.o"
+    done
+    for source in "$csrc"/cuda/*.cu; do start $kind -O0 -x c++ -c "$source" -o "objects/cuda_$(basename "$source" .cu).$kind.o"; done
+    start $kind -O0 -c "$here/test_krylov_cuda_host.cpp" -o objects/cuda_test.$kind.o
+    start $kind -O0 -DFS_FLOAT_ALONE -c "$here/test_krylov_cuda_host.cpp" -o objects/float_test.$kind.o
+    start $kind -O0 "$here/planted.cpp" -o programs/planted.$kind
 done
 for job in "${started[@]}"; do wait "$job" || { echo "FAILED: a test does not compile"; exit 1; }; done
+for kind in asan tsan; do
+    compile $kind objects/cpu_*.$kind.o -o programs/test_krylov_cpu.$kind -ldl
+    compile $kind objects/cuda_*.$kind.o -o programs/test_krylov_cuda_host.$kind
+done
 
-failed=0
-pass() { # command...
-    if timeout 240 "$@" >"$build/log" 2>&1; then echo "ok      $(basename "${*: -1}")"; else
-        failed=1; echo "FAILED  $*"; tail -40 "$build/log"; fi
+# Every check runs in the background and leaves one file of results; they are shown in order at the end.
+count=0
+result() { limit; count=$((count + 1)); "$@" >"results/$(printf %03d $count)" 2>&1 & }
+program() { if [ "$1" = tsan ]; then "${still[@]}" timeout 240 "${@:2}"; else timeout 240 "${@:2}"; fi; }
+pass() { # kind, program, arguments...
+    local log
+    if log=$(program "$1" "programs/$2.$1" "${@:3}" 2>&1); then echo "ok      ${*:2} ($1)"; else
+        echo "FAILED  ${*:2} ($1)"; tail -40 <<<"$log"; fi
 }
-caught() { # expected text, kind, fault
-    local status=0
-    timeout 120 "${still[@]}" "$build/planted.$2" "$3" >"$build/log" 2>&1 || status=$?
-    if ((status != 0)) && grep -q "$1" "$build/log"; then echo "caught  $3 ($2: $1)"; else
-        failed=1; echo "MISSED  $3: status $status under $2, expected '$1'"; tail -20 "$build/log"; fi
+caught() { # expected text, what, kind, command...
+    local log status=0
+    log=$(program "$3" "${@:4}" 2>&1) || status=$?
+    if ((status != 0)) && grep -q "$1" <<<"$log"; then echo "caught  $2 ($3: $1)"; else
+        echo "MISSED  $2: status $status under $3, expected '$1'"; tail -20 <<<"$log"; fi
 }
-harmless() { # kind, kernel
-    if timeout 120 "${still[@]}" "$build/planted.$1" "$2" >"$build/log" 2>&1; then echo "ok      $2 ($1)"; else
-        failed=1; echo "FAILED  $2 under $1"; tail -20 "$build/log"; fi
+planted() { caught "$1" "$3" "$2" "programs/planted.$2" "$3"; } # expected text, kind, fault
+
+# A copy of the CUDA sources in which `sed` made a fault in one file; `unit` is compiled again, for float alone.
+mutant() { # what, expected text, kind, unit, file, sed script
+    local folder=mutants/${1// /_} source
+    mkdir "$folder"
+    cp "$csrc"/cuda/* "$folder"
+    sed -i "$6" "$folder/$5"
+    if cmp -s "$folder/$5" "$csrc/cuda/$5"; then echo "FAILED  $1: '$6' does not apply to $5"; return; fi
+    sed -i -E '/^FS_INSTANTIATE\((double|Half|BFloat16)/d' "$folder/$4.cu"
+    compile "$3" -w -O0 -x c++ -c "$folder/$4.cu" -o "$folder/$4.o" || { echo "FAILED  $1: does not compile"; return; }
+    source=$(printf '%s\n' objects/cuda_*."$3".o | grep -vE "/cuda_($4|test)\.") # the mutant comes first, so that its inline functions are the ones linked
+    # shellcheck disable=SC2086
+    compile "$3" "$folder/$4.o" $source objects/float_test."$3".o -o "$folder/program"
+    caught "$2" "$1" "$3" "$folder/program"
 }
 
-pass "$build/test_krylov_cpu.asan"
-pass "$build/test_krylov_cuda_host.asan"
-pass "${still[@]}" "$build/test_krylov_cpu.tsan"
-pass "${still[@]}" "$build/test_krylov_cuda_host.tsan"
-for kind in asan tsan; do harmless $kind sound; harmless $kind early_return; done
-caught "data race" tsan missing_barrier
-caught "data race" tsan shuffle_for_a_barrier
-caught "data race" tsan blocks_share_an_output
-caught "use-after-poison" asan beyond_shared
-caught "heap-buffer-overflow" asan beyond_global
-caught "two source lines" asan two_barriers
-caught "not in its own mask" asan lane_outside_mask
-caught "has returned or does not exist" asan lane_has_returned
-caught "a NaN from shared memory" asan uninitialised
-exit $failed
+for kind in tsan asan; do
+    result pass $kind test_krylov_cuda_host
+    result pass $kind test_krylov_cpu
+    result pass $kind planted sound
+    result pass $kind planted early_return
+done
+result planted "data race" tsan missing_barrier
+result planted "data race" tsan shuffle_for_a_barrier
+result planted "data race" tsan blocks_share_an_output
+result planted "data race" tsan blocks_share_thread_zero
+result planted "use-after-poison" asan beyond_shared
+result planted "heap-buffer-overflow" asan beyond_global
+result planted "more shared memory" asan too_much_shared
+result planted "two source lines" asan two_barriers
+result planted "not in its own mask" asan lane_outside_mask
+result planted "has returned or does not exist" asan lane_has_returned
+result planted "a NaN from shared memory" asan uninitialised
+result mutant "dots without its last barrier" "data race" tsan dots dots.cu 's/^    __syncthreads();$//'
+result mutant "dots without its first barrier" "data race" tsan dots dots.cu 's/^    __syncthreads(); .*//'
+result mutant "blocks of dots share their partial sums" "data race" tsan dots dots.cu 's/gridDim.x + blockIdx.x\]/gridDim.x]/'
+result mutant "block sums without a barrier" "data race" tsan alpha reduce.cuh '/block_sums(const/,/^}/s/__syncthreads();//'
+result mutant "C in shared memory without a barrier" "data race" tsan combine combine.cu 's/__syncthreads();//'
+result mutant "one element beyond a vector" "heap-buffer-overflow" asan dots chunk.cuh 's/i < left ?/i <= left ?/'
+result mutant "a short chunk taken for a whole one" "heap-buffer-overflow" asan update chunk.cuh 's/n - start >= kChunk/n - start >= kChunk - 1/'
+result mutant "a row beyond the basis" "heap-buffer-overflow" asan update update.cu 's/(r + u < p.j ? r + u : p.j - 1)/(r + u)/'
+result mutant "one element beyond shared memory" "use-after-poison" asan combine combine.cu 's/copy\[i\] =/copy[i + 1] =/'
+result mutant "packs at any address" "misaligned address" asan update plan.cuh 's/% 16 == 0/% 4 == 0/'
+result mutant "w'w of vector 0 for all" "dots\[" asan dots dots.cu 's/square(x\[i\]/square(x[0]/'
+result mutant "members share a basis" "got" asan update update.cu 's/p.V + e \* p.V_member/p.V/'
+wait
+cat results/*
+if grep -qE "^(FAILED|MISSED)" results/*; then exit 1; fi
+[ "$(cat results/* | grep -cE "^(ok|caught)")" = "$count" ]  # none went missing

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -137,57 +138,74 @@ private:
     Quiet<std::uint64_t> bits_[2][kLanes];
 };
 
-// OS threads that outlive a launch. run() starts a job on the first `threads` of them and waits for all: as two launches on one
-// stream, jobs are ordered; the threads of one job are not.
+// OS threads that outlive a launch. run() starts a job on the first `count` of them and waits for all. As two launches on one stream,
+// jobs are ordered. Within a job nothing is: all threads are awake before the first one begins, so that the lock under
+// which they wake puts the end of none before the start of another.
 class Pool {
 public:
     ~Pool() {
-        {
-            const std::lock_guard<std::mutex> hold(mutex_);
-            stop_ = true;
-        }
-        start_.notify_all();
-        for (std::thread& t : threads_)
-            t.join();
+        for (auto& worker : workers_)
+            send(*worker, nullptr);
+        for (auto& worker : workers_)
+            worker->thread.join();
     }
 
-    void run(int threads, const std::function<void(int)>& job) {
+    void run(int count, const std::function<void(int)>& job) {
+        while (static_cast<int>(workers_.size()) < count) {
+            workers_.push_back(std::make_unique<Worker>());
+            workers_.back()->thread =
+                std::thread([this, me = static_cast<int>(workers_.size()) - 1, w = workers_.back().get()] { work(me, *w); });
+        }
+        awake_ = 0;
+        count_ = count;
+        running_ = count;
+        for (int k = 0; k < count; ++k)
+            send(*workers_[static_cast<std::size_t>(k)], &job);
         std::unique_lock<std::mutex> hold(mutex_);
-        while (static_cast<int>(threads_.size()) < threads)
-            threads_.emplace_back([this, me = static_cast<int>(threads_.size()), seen = generation_] { work(me, seen); });
-        job_ = &job;
-        active_ = running_ = threads;
-        ++generation_;
-        start_.notify_all();
         done_.wait(hold, [this] { return running_ == 0; });
     }
 
 private:
-    void work(int me, unsigned long seen) {
-        std::unique_lock<std::mutex> hold(mutex_);
+    using Job = const std::function<void(int)>*;
+    struct Worker {
+        std::mutex mutex;
+        std::condition_variable start;
+        bool sent = false;
+        Job job = nullptr; // nullptr: return
+        std::thread thread;
+    };
+
+    static void send(Worker& w, Job job) {
+        const std::lock_guard<std::mutex> hold(w.mutex);
+        w.job = job;
+        w.sent = true;
+        w.start.notify_one();
+    }
+
+    void work(int me, Worker& w) {
         while (true) {
-            start_.wait(hold, [&] { return stop_ || generation_ != seen; });
-            if (stop_)
+            {
+                std::unique_lock<std::mutex> hold(w.mutex);
+                w.start.wait(hold, [&] { return w.sent; });
+                w.sent = false;
+            }
+            if (w.job == nullptr)
                 return;
-            seen = generation_;
-            if (me >= active_)
-                continue;
-            const std::function<void(int)>& job = *job_;
-            hold.unlock();
-            job(me);
-            hold.lock();
+            awake_.fetch_add(1, std::memory_order_relaxed);
+            while (awake_.load(std::memory_order_relaxed) < count_.load(std::memory_order_relaxed))
+                sched_yield();
+            (*w.job)(me);
+            const std::lock_guard<std::mutex> hold(mutex_);
             if (--running_ == 0)
                 done_.notify_one();
         }
     }
 
     std::mutex mutex_;
-    std::condition_variable start_, done_;
-    std::vector<std::thread> threads_;
-    const std::function<void(int)>* job_ = nullptr;
-    int active_ = 0, running_ = 0;
-    unsigned long generation_ = 0;
-    bool stop_ = false;
+    std::condition_variable done_;
+    std::vector<std::unique_ptr<Worker>> workers_;
+    std::atomic<int> awake_{0}, count_{0};
+    int running_ = 0;
 };
 
 } // namespace fastsharp::shim

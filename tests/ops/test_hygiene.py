@@ -82,6 +82,7 @@ def test_the_stub_lists_exactly_what_the_module_exports(name: str) -> None:
         pytest.skip(str(e))
     stub = ast.parse((ROOT / "fastsharp" / f"_{name}.pyi").read_text(encoding="utf-8"))
     declared = {f.name for f in stub.body if isinstance(f, ast.FunctionDef)}
+    declared |= {name.id for a in stub.body if isinstance(a, ast.Assign) for name in a.targets if isinstance(name, ast.Name)}
     assert declared == {k for k in vars(module) if not k.startswith("__")}
 
 
@@ -89,6 +90,6 @@ def test_every_op_has_its_column() -> None:
     """The same name in the reference, both native modules, the tests and the bench."""
     for op in ("alpha", "dots", "update"):
         assert op in _registry.Backend.__dataclass_fields__
-        for path in ("fastsharp/ops/reference/krylov.py", "csrc/include/fastsharp/krylov.hpp", "csrc/cpu/krylov.cpp", "csrc/cuda/krylov.cu",
+        for path in ("fastsharp/ops/reference/krylov.py", "csrc/include/fastsharp/krylov.hpp", "csrc/cpu/krylov.cpp", f"csrc/cuda/{op}.cu",
                      "tests/ops/test_krylov.py", "bench/bench_krylov.py"):  # fmt: skip
             assert re.search(rf"\b{op}\b", (ROOT / path).read_text(encoding="utf-8")), f"{op} is missing in {path}"

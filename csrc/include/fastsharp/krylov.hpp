@@ -31,7 +31,7 @@ template <class S, class T> struct Problem {
 };
 
 template <class T> struct Removed { // what dots takes off first; null ab: nothing
-    const double* ab = nullptr; // (E, 2)
+    const double* ab = nullptr;     // (E, 2)
     i64 ab_member = 0;
     Vectors<const T> last, before; // v_j and v_{j-1}
 };
@@ -55,14 +55,11 @@ namespace cpu {
 // Doubles that `work` must hold for any of the ops at this size; alpha and update are the case j = 0.
 i64 workspace_size(i64 E, i64 b, i64 n, i64 j);
 
-template <class T>
-Status alpha(i64 E, i64 n, Vectors<const T> v, Vectors<const T> w, Vectors<double> out, double* work, int threads);
-template <class S, class T>
-Status dots(const Problem<S, T>& p, const Removed<T>& removed, Scalars<double> out, double* work, int threads);
+template <class T> Status alpha(i64 E, i64 n, Vectors<const T> v, Vectors<const T> w, Vectors<double> out, double* work, int threads);
+template <class S, class T> Status dots(const Problem<S, T>& p, const Removed<T>& removed, Scalars<double> out, double* work, int threads);
 template <class S, class T>
 Status update(const Problem<S, T>& p, Scalars<const double> c, const NextRow<S>& row, Scalars<double> out, double* work, int threads);
-template <class S, class T>
-Status combine(const double* C, i64 ldc, i64 k, const S* V, i64 ldv, i64 j, i64 n, T* X, i64 ldx, int threads);
+template <class S, class T> Status combine(const double* C, i64 ldc, i64 k, const S* V, i64 ldv, i64 j, i64 n, T* X, i64 ldx, int threads);
 template <class T> Status probes(Kind kind, std::uint64_t seed, i64 first, T* out, i64 ldo, i64 b, i64 n, int threads);
 
 // out[0] = the sum of x: the plain read stream against which the bench measures the others.
@@ -83,18 +80,14 @@ struct LaunchConfig {
 
 i64 workspace_size(LaunchConfig config, i64 E, i64 b, i64 j);
 
-template <class T>
-Status alpha(i64 E, i64 n, Vectors<const T> v, Vectors<const T> w, Vectors<double> out, double* work, LaunchConfig config, int device,
-             void* stream);
-template <class S, class T>
-Status dots(const Problem<S, T>& p, const Removed<T>& removed, Scalars<double> out, double* work, LaunchConfig config, int device,
-            void* stream);
-template <class S, class T>
-Status update(const Problem<S, T>& p, Scalars<const double> c, const NextRow<S>& row, Scalars<double> out, double* work,
-              LaunchConfig config, int device, void* stream);
-template <class S, class T>
-Status combine(const double* C, i64 ldc, i64 k, const S* V, i64 ldv, i64 j, i64 n, T* X, i64 ldx, LaunchConfig config, int device,
-               void* stream);
+template <class T> Status alpha(i64 E, i64 n, Vectors<const T> v, Vectors<const T> w, Vectors<double> out, double* work,
+                                LaunchConfig config, int device, void* stream);
+template <class S, class T> Status dots(const Problem<S, T>& p, const Removed<T>& removed, Scalars<double> out, double* work,
+                                        LaunchConfig config, int device, void* stream);
+template <class S, class T> Status update(const Problem<S, T>& p, Scalars<const double> c, const NextRow<S>& row, Scalars<double> out,
+                                          double* work, LaunchConfig config, int device, void* stream);
+template <class S, class T> Status combine(const double* C, i64 ldc, i64 k, const S* V, i64 ldv, i64 j, i64 n, T* X, i64 ldx,
+                                           LaunchConfig config, int device, void* stream);
 template <class T>
 Status probes(Kind kind, std::uint64_t seed, i64 first, T* out, i64 ldo, i64 b, i64 n, LaunchConfig config, int device, void* stream);
 
