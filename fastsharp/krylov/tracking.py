@@ -8,7 +8,10 @@ first unlisted value mu may have risen by as much, so the gap is that to mu + 1.
 holds for ||A - A0||, of which delta is a lower bound.
 *Missing value, k = 1.* An eigenvector u with eigenvalue lambda has |u'v_1| <= prod beta_j / prod (lambda - theta_j) (see `stopping`), so
 every eigenvector with a component of at least 0.15 along the start lies below the lambda where that quotient is 0.15. It serves where the
-gap is too small to be trusted. The next pairs enter the start with such weights, hence an exchange of order among them shows.
+gap is too small to be trusted. The next pairs enter the start with weights of 0.05 to 0.1, so that an exchange of order among them usually shows, not always.
+*Limit.* A pair that overtakes the top one between two checks can be missed, and then the stated bound is wrong. On recorded runs of a
+small CNN it happened in none of 52 updates where the vectors turned slowly (full-batch momentum, Adam 3e-4), and in 4 of 93 where they
+turn by half a radian and more from one update to the next (Adam 1e-3, SGD).
 *Stated bounds.* Since the gap is an estimate, a warm value claims no more than was asked: its bound is tol |theta|, or what the
 test gave where that is more. Cold and check runs end by `StopRule` and carry its bounds.
 *Newcomers.* An eigenvector orthogonal to all old ones is met by the random hundredth of the warm start only where it stands far
@@ -33,7 +36,11 @@ from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.operator import SymmetricOperator
 from fastsharp.results import Eigenpairs
 
-_GUARDS = (0.1, 0.05, 0.05)  # weights in the start vector of the pairs after the k-th; larger ones cost a third product
+_GUARDS = (
+    0.1,
+    0.05,
+    0.05,
+)  # weights in the start vector of the pairs after the k-th; 0.15 already costs a third product after a turn of 0.1 rad
 _CHECK_GUARDS = (0.5, 0.3, 0.3)
 _RANDOM = 0.02
 _COMPONENT = 0.15  # smallest component along the start that the top eigenvector is taken to have
