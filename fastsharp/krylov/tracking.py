@@ -148,7 +148,7 @@ def follow(
     carried    `Step.carried` of the last call, or None for a cold run
     generator  of random parts, private to the caller
     newcomers_every  calls from one run with a half-random start to the next
-    ->         Step; cost: pairs.n_matvec matvecs, 2 n_matvec n elements of memory
+    ->         Step; cost: pairs.n_matvec matvecs, 2 max(32, n_matvec) n elements of memory while it runs (basis and products)
     A warm run whose test fails goes on, in the same Krylov space, until the cold rule holds: a fallback wastes no product.
     Raises ShapeError where n changed, NonFiniteError and NotSymmetricError as the recurrence does, Interrupted with `.partial`.
     """
