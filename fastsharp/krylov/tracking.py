@@ -29,8 +29,9 @@ import torch
 
 from fastsharp import ops, rng
 from fastsharp.errors import Interrupted, NotConvergedWarning, ShapeError, stacklevel
+from fastsharp.krylov.basis import Rows
 from fastsharp.krylov.request import Request
-from fastsharp.krylov.rows import Basis, dot, norm, normalised, rayleigh, scale, scaled
+from fastsharp.krylov.rows import dot, norm, normalised, rayleigh, scale, scaled
 from fastsharp.krylov.stopping import StopRule, Targets, floor, rounding, select, value_bounds
 from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.operator import SymmetricOperator
@@ -73,7 +74,7 @@ class _Recorder(SymmetricOperator):
     def __init__(self, inner: SymmetricOperator, max_rows: int) -> None:
         super().__init__(inner.n, inner.dtype, inner.device)
         self._inner = inner
-        self._products = Basis(inner.n, inner.dtype, inner.device, max_rows)
+        self._products = Rows(inner.n, inner.dtype, inner.device, max_rows)
         self._count = 0
 
     def rows(self, j: int) -> torch.Tensor:
@@ -83,7 +84,7 @@ class _Recorder(SymmetricOperator):
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
         self._inner.apply(V, out)
         for row in out:
-            self._products.row(self._count).copy_(row)
+            self._products.vector(self._count).copy_(row)
             self._count += 1
 
 
