@@ -24,3 +24,4 @@ from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Spectrum as Spectrum
+from fastsharp.training import Tracker as Tracker

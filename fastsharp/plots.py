@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fastsharp.results import Density, Eigenpairs
+    from fastsharp.training import Record
 
 _GOOD, _BAD, _INK, _SOFT, _FAINT = "#1f5fa8", "#c8421a", "#333333", "#666666", "#8a8a8a"
 _FLOOR = 1e-16  # a residual of exactly zero has no place on a log axis
@@ -145,6 +147,35 @@ def plot_density(result: Density, path: str | Path | None = None) -> Figure:
         parts.append(rf"$W_1$ at most {result.w1_bound:.2g} ({result.confidence:.0%})")
     line = " · ".join(parts)
     log.annotate(line, (0, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", fontsize=9, color=_SOFT)
+    if path is not None:
+        fig.savefig(path, format="png")
+    return fig
+
+
+def plot_history(records: Sequence[Record], path: str | Path | None = None) -> Figure:
+    """Tracked eigenvalues over steps with their error bounds, 2 / lr dashed where known; hollow points: not converged."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(7.0, 4.0), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(fig)
+    ax = fig.subplots()
+    steps = [r.step for r in records]
+    for i in range(len(records[0].eigenvalues)):
+        values, bounds = [r.eigenvalues[i] for r in records], [r.error_bounds[i] for r in records]
+        ax.errorbar(steps, values, yerr=bounds, color=_GOOD, ecolor=_INK, alpha=1.0 if i == 0 else 0.5, linewidth=1.2, label=f"λ{i + 1}")
+    missed = [(r.step, r.eigenvalues[0]) for r in records if not r.converged]
+    if missed:
+        ax.plot(*zip(*missed, strict=True), linestyle="none", marker="D", color=_BAD, markerfacecolor="white", label="not converged")
+    rated = [(r.step, 2 / r.lr) for r in records if r.lr]
+    if rated:
+        ax.plot(*zip(*rated, strict=True), color=_SOFT, linestyle="--", linewidth=1, label="2 / learning rate")
+    ax.set_xlabel("step")
+    ax.set_ylabel(r"eigenvalue $\lambda$  (loss / parameter²)")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    ax.legend(frameon=False, fontsize=9)
+    ax.set_title("Sharpness through training", fontsize=13, loc="left")
     if path is not None:
         fig.savefig(path, format="png")
     return fig

@@ -23,6 +23,7 @@ CLASSES = {
     "Hessian",
     "Spectrum",
     "SymmetricOperator",
+    "Tracker",
 }
 MODULES = {"data", "errors", "models"}
 

@@ -101,6 +101,10 @@ class Hessian(SymmetricOperator):
         self._reset()
         return self
 
+    def release(self) -> None:
+        """Drop the kept graphs, and the memory they hold; the next product builds them again."""
+        self._reset()
+
     @property
     def notes(self) -> tuple[str, ...]:
         notes = self.objective.notes()
