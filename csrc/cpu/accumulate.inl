@@ -13,8 +13,7 @@ FS_TARGET void accumulate_rows(const S* V, i64 V_row, const double* c, i64 c_row
     for (; i + kStep <= n; i += kStep) {
         Wide v[R][kStep / kWide];
         for (int r = 0; r < R; ++r) {
-            for (i64 k = 0; k < kStep / kWide; ++k)
-                v[r][k] = widen(V + r * V_row + i + k * kWide);
+            widen_all<kStep / kWide>(V + r * V_row + i, v[r]);
             if (kStep >= kLine || i % kLine == 0)
                 __builtin_prefetch(next + r * V_row + i, 0, 2);
         }

@@ -95,6 +95,30 @@ FS_INLINE Wide widen(const double* p) { return load<Wide>(p); }
 FS_INLINE Wide widen(const Half* p) { return FS_TO_DOUBLE(FS_HALVES_2(p)); }
 FS_INLINE Wide widen(const BFloat16* p) { return FS_TO_DOUBLE(FS_BFLOATS_2(p)); }
 
+// K registers of doubles at once. Half-precision rows go to floats in whole registers and through the first-level cache to doubles:
+// from memory a conversion to double is one operation, from a register two, and update is limited by them.
+template <int K, class T> FS_INLINE void widen_all(const T* p, Wide* x) {
+    for (int k = 0; k < K; ++k)
+        x[k] = widen(p + k * kWide);
+}
+template <int K, class S> FS_INLINE void widen_halves(const S* p, Wide* x) {
+    if constexpr (K % 2 == 0 && FS_BYTES > 16) {
+        float f[K * kWide];
+        for (int k = 0; k < K / 2; ++k) {
+            const Float y = as(p + k * 2 * kWide, 0.0F);
+            __builtin_memcpy(f + k * 2 * kWide, &y, sizeof y);
+        }
+        asm("" : "+m"(f)); // else the compiler splits the register again
+        for (int k = 0; k < K; ++k)
+            x[k] = widen(f + k * kWide);
+    } else {
+        for (int k = 0; k < K; ++k)
+            x[k] = widen(p + k * kWide);
+    }
+}
+template <int K> FS_INLINE void widen_all(const Half* p, Wide* x) { widen_halves<K>(p, x); }
+template <int K> FS_INLINE void widen_all(const BFloat16* p, Wide* x) { widen_halves<K>(p, x); }
+
 // Rounds, stores, and gives back what was stored.
 FS_INLINE Wide store(float* p, Wide x) {
     const HalfFloat rounded = FS_TO_FLOAT(x);
@@ -107,11 +131,13 @@ FS_INLINE Wide store(double* p, Wide x) {
 }
 FS_INLINE void store(Half* p, Wide x) { FS_STORE_HALVES(p, FS_TO_FLOAT(x)); }
 FS_INLINE void store(BFloat16* p, Wide x) {
-    const HalfFloat rounded = FS_TO_FLOAT(x);
-    BFloat16 out[kWide];
-    for (i64 k = 0; k < kWide; ++k)
-        out[k] = to_bfloat(rounded[k]);
-    __builtin_memcpy(p, out, sizeof out);
+    using Bits = std::uint32_t __attribute__((vector_size(FS_BYTES / 2)));
+    using Short = std::uint16_t __attribute__((vector_size(FS_BYTES / 4)));
+    const Bits f = (Bits)FS_TO_FLOAT(x);
+    const Bits nan = (Bits)((f & 0x7FFFFFFFU) > 0x7F800000U); // all ones or none
+    const Bits nearest = (f + 0x7FFFU + (f >> 16 & 1U)) >> 16;
+    const Short out = __builtin_convertvector((nan & (f >> 16 | 0x40U)) | (~nan & nearest), Short);
+    __builtin_memcpy(p, &out, sizeof out);
 }
 FS_INLINE void store_one(double* p, double x) { *p = x; }
 FS_INLINE void store_one(float* p, double x) { *p = static_cast<float>(x); }
