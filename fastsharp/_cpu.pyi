@@ -1,14 +1,90 @@
-"""Types of the compiled module `fastsharp._cpu`; addresses are ints that `_border.py` has checked."""
+"""Types of the compiled module `fastsharp._cpu`; addresses are ints that `_border.py` has checked (0: not there)."""
 
-def alpha_f32(v: int, w: int, n: int, out: int, work: int, threads: int) -> None: ...
-def alpha_f64(v: int, w: int, n: int, out: int, work: int, threads: int) -> None: ...
-def dots_f32(V: int, ldv: int, w: int, ab: int, j: int, n: int, out: int, work: int, threads: int) -> None: ...
-def dots_f64(V: int, ldv: int, w: int, ab: int, j: int, n: int, out: int, work: int, threads: int) -> None: ...
-def update_f32(V: int, ldv: int, w: int, c: int, j: int, n: int, out: int, work: int, threads: int) -> None: ...
-def update_f64(V: int, ldv: int, w: int, c: int, j: int, n: int, out: int, work: int, threads: int) -> None: ...
+def alpha_f32(
+    E: int,
+    n: int,
+    v: int,
+    v_member: int,
+    w: int,
+    w_member: int,
+    out: int,
+    out_member: int,
+    work: int,
+    threads: int,
+) -> None: ...
+
+alpha_f64 = alpha_f32
+
+def dots_f32(
+    E: int,
+    b: int,
+    j: int,
+    n: int,
+    V: int,
+    V_member: int,
+    V_row: int,
+    w: int,
+    w_member: int,
+    w_row: int,
+    ab: int,
+    ab_member: int,
+    last: int,
+    last_member: int,
+    before: int,
+    before_member: int,
+    out: int,
+    out_member: int,
+    out_row: int,
+    work: int,
+    threads: int,
+) -> None: ...
+
+dots_f64 = dots_f32
+dots_f16 = dots_f32
+dots_bf16 = dots_f32
+
+def update_f32(
+    E: int,
+    b: int,
+    j: int,
+    n: int,
+    V: int,
+    V_member: int,
+    V_row: int,
+    w: int,
+    w_member: int,
+    w_row: int,
+    c: int,
+    c_member: int,
+    c_row: int,
+    row: int,
+    row_member: int,
+    factor: int,
+    factor_member: int,
+    out: int,
+    out_member: int,
+    out_row: int,
+    work: int,
+    threads: int,
+) -> None: ...
+
+update_f64 = update_f32
+update_f16 = update_f32
+update_bf16 = update_f32
+
+def combine_f32(C: int, ldc: int, k: int, V: int, ldv: int, j: int, n: int, X: int, ldx: int, threads: int) -> None: ...
+
+combine_f64 = combine_f32
+combine_f16 = combine_f32
+combine_bf16 = combine_f32
+
+def probes_f32(kind: int, seed: int, first: int, out: int, ldo: int, b: int, n: int, threads: int) -> None: ...
+
+probes_f64 = probes_f32
+
+def workspace_size(E: int, b: int, n: int, j: int) -> int: ...
 def read_stream_f32(x: int, n: int, out: int, work: int, threads: int) -> None: ...
 def read_stream_f64(x: int, n: int, out: int, work: int, threads: int) -> None: ...
-def workspace_size(n: int, j: int) -> int: ...
 def simd() -> str: ...
 def simd_supported() -> str: ...
 def set_simd(level: str) -> bool: ...
