@@ -27,6 +27,7 @@ from tests.unchanged import check_message
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, K = 100, 3
 A = family("random", N, torch.float32).tensor(torch.float32)
+EASY = family("outliers_rotated", N, torch.float32).tensor(torch.float32)  # ten steps
 RUN, MACHINE = {"call": "lanczos", "k": K, "tol": 1e-3}, {"torch": "2.0", "threads": 1}
 
 
@@ -299,8 +300,9 @@ def test_a_run_that_ends_earlier_does_not_cost_the_log_its_products(path: Path) 
 
 def test_a_full_disk_at_any_record_costs_the_log_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write number i puts down nothing, or 9 bytes, and fails, as all later ones do; the log is whole up to there and is continued."""
-    want = solve(None)
-    total = len(heads_of_a_whole_run(tmp_path))
+    want = solve(None, matrix(EASY))
+    solve(tmp_path / "whole.log", matrix(EASY))
+    total = len(heads(tmp_path / "whole.log"))
     real = os.pwritev
     for at in range(1, total):
         path, count = tmp_path / f"{at}.log", 0
@@ -319,17 +321,12 @@ def test_a_full_disk_at_any_record_costs_the_log_and_not_the_run(tmp_path: Path,
         with monkeypatch.context() as m:
             m.setattr(os, "pwritev", full)
             with pytest.warns(LogStoppedWarning, match="No space left") as seen:
-                result = solve(path)
+                result = solve(path, matrix(EASY))
         assert same(result, want) and len(seen) == 1 and count == at
         if at < total - 1:
             assert any(f"stopped growing after {at - 1} records" in note for note in result.notes)
         assert len(heads(path)) == at - 1
-        assert same(solve(path), want) and len(heads(path)) == total
-
-
-def heads_of_a_whole_run(folder: Path) -> list[dict[str, Any]]:
-    solve(folder / "whole.log")
-    return heads(folder / "whole.log")
+        assert same(solve(path, matrix(EASY)), want) and len(heads(path)) == total
 
 
 def test_a_product_that_is_not_finite_is_not_logged(path: Path) -> None:
