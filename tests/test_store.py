@@ -119,6 +119,18 @@ def test_going_back_replaces_what_followed(path: Path) -> None:
     assert read(path) == [RECORDS[0], ({"new": 1}, b"new")]
 
 
+def test_a_record_of_the_same_size_does_not_bring_back_what_followed(path: Path) -> None:
+    """The old record behind it would be whole and have the right index."""
+    written(path)
+    with Log(path) as log:
+        log.read()
+        place = log.place
+        log.read()
+        log.go_back(place)
+        log.append(RECORDS[1][0], bytes(48))
+    assert read(path) == [RECORDS[0], (RECORDS[1][0], bytes(48))]
+
+
 def test_a_new_file_is_for_its_owner_alone_and_on_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     real = os.fsync
