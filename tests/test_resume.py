@@ -138,6 +138,19 @@ def test_long_values_and_functions_have_stable_names(path: Path) -> None:
         pass
 
 
+def test_other_room_for_the_basis_is_named_where_it_changed_the_vectors(path: Path) -> None:
+    """Less free memory may mean restarts, and so other vectors; the same vectors go on, with a note."""
+    operator = CallableOperator(lambda v: 2 * v, 3)
+    with recorded(operator, path, "call", {}, basis_bytes=1000) as logged:
+        logged @ torch.ones(3)
+    with recorded(operator, path, "call", {}, basis_bytes=500) as logged:
+        logged @ torch.ones(3)
+        assert "since the log was begun: basis_bytes was 1000, is 500" in logged.notes
+    with pytest.raises(ResumeMismatchError) as caught, recorded(operator, path, "call", {}, basis_bytes=500) as logged:
+        logged @ torch.zeros(3)
+    check_message(caught.value, "product 1", "basis_bytes was 1000, is 500")
+
+
 def test_the_file_is_released_whatever_ends_the_block(path: Path) -> None:
     operator = CountingOperator(CallableOperator(lambda v: v, 3))
     with pytest.raises(ZeroDivisionError), recorded(operator, path, "call", {}) as logged:

@@ -122,7 +122,7 @@ def lanczos(
     check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
     cheap = None if precision == "auto" else operator.cheap(precision)
     shown = Progress(progress)
-    logged = recorded(operator, resume, "lanczos", {**arguments, "v0": v0}, may_change=_HOW_LONG)
+    logged = recorded(operator, resume, "lanczos", {**arguments, "v0": v0}, may_change=_HOW_LONG, basis_bytes=budget["memory"])
     with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
         options = {"v0": v0, "check": check, "on_step": shown.on_step, "on_plan": shown.on_plan, **budget, **arguments}
         return krylov_lanczos(A, verify=verify, **options) if cheap is None else ladder(cheap, A, **options)

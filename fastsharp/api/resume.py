@@ -28,6 +28,7 @@ class recorded:
 
     arguments   what the caller gave that decides which vectors are multiplied; a tensor stands for its bits
     may_change  those that only say how long the run goes on
+    basis_bytes  what the basis may take: where it is short, restarts and storage follow from it, and with them the vectors
 
     Leaving the block without an exception marks the log as finished.
     """
@@ -39,11 +40,12 @@ class recorded:
         call: str,
         arguments: Mapping[str, Any],
         may_change: Collection[str] = (),
+        basis_bytes: int | None = None,
     ) -> None:
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise ArgumentTypeError(f"resume is a {type(path).__name__}, expected the path of a log, as a str or Path.")
         self._operator, self._path, self._call = operator, path, call
-        self._arguments, self._may_change = arguments, may_change
+        self._arguments, self._may_change, self._basis_bytes = arguments, may_change, basis_bytes
         self._log: Log | None = None
         self._logged: RecordedOperator | None = None
 
@@ -53,7 +55,7 @@ class recorded:
         self._log = Log(self._path)
         try:
             run = _run(self._operator, self._call, self._arguments)
-            self._logged = RecordedOperator(self._operator, self._log, run, _machine(self._operator), self._may_change)
+            self._logged = RecordedOperator(self._operator, self._log, run, self._machine(), self._may_change)
         except BaseException:
             self._log.close()
             raise
@@ -66,6 +68,16 @@ class recorded:
                     self._logged.finish()
             finally:
                 self._log.close()
+
+    def _machine(self) -> dict[str, Any]:
+        return {
+            "fastsharp": __version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "kernels": _registry.choose(self._operator.device).name,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "basis_bytes": self._basis_bytes,
+        }
 
 
 def _run(operator: SymmetricOperator, call: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,16 +93,6 @@ def _run(operator: SymmetricOperator, call: str, arguments: Mapping[str, Any]) -
         **arguments,
     }
     return {name: _short(value) for name, value in facts.items() if name not in _NO_EFFECT}
-
-
-def _machine(operator: SymmetricOperator) -> dict[str, Any]:
-    return {
-        "fastsharp": __version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "kernels": _registry.choose(operator.device).name,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
 
 
 def _short(value: Any) -> Any:

@@ -79,6 +79,6 @@ def spectrum(
     budget: dict[str, Any] = basis_memory(operator, memory, whole_bytes(operator.n, operator.dtype, request))
     check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
     shown = Progress(progress)
-    logged = recorded(operator, resume, "spectrum", arguments)
+    logged = recorded(operator, resume, "spectrum", arguments, basis_bytes=budget["memory"])
     with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
         return krylov_spectrum(A, check=check, strict=strict, on_step=shown.on_step, **budget, **arguments)
