@@ -18,12 +18,8 @@ from fastsharp import ops
 from fastsharp.errors import NonFiniteError, NotSymmetricError
 from fastsharp.krylov.block import Block
 from fastsharp.krylov.rows import exponent, largest, normalised, scale
-from fastsharp.krylov.tridiagonal import breakdown_threshold
+from fastsharp.krylov.tridiagonal import DROP, MAX_PASSES, SAFE_EXPONENT, breakdown_threshold
 from fastsharp.operator import SymmetricOperator
-
-_DROP = 0.717  # of Daniel, Gragg, Kaufman & Stewart 1976, as in ARPACK
-_MAX_PASSES = 4
-_SAFE_EXPONENT = {torch.float32: 32, torch.float64: 256}  # squares stay inside the range by a wide margin
 
 
 class Batch:
@@ -80,8 +76,8 @@ class Batch:
         self._check(found, blocks, j)
         alpha = [row[0] + row[j] for row in found]
         after, before = [row[-1] for row in found], [row[-2] for row in found]
-        for _ in range(_MAX_PASSES - 1):
-            again = [i for i in range(a) if after[i] < _DROP**2 * before[i]]
+        for _ in range(MAX_PASSES - 1):
+            again = [i for i in range(a) if after[i] < DROP**2 * before[i]]
             if not again:
                 break
             for i in again:
@@ -144,7 +140,7 @@ class Batch:
                 raise self._not_finite(f"largest entry {size}", None)
             if size > 0.0:
                 e = exponent(size)
-                self.shift = e if abs(e) > _SAFE_EXPONENT[w.dtype] else 0
+                self.shift = e if abs(e) > SAFE_EXPONENT[w.dtype] else 0
         if self.shift:
             scale(w, -self.shift)
 

@@ -73,9 +73,9 @@ def ladder(
     """k eigenpairs of `exact` from a Krylov run on `cheap`, the same matrix with noise: arguments and errors of `krylov.lanczos`.
 
     ->  Eigenpairs with n_matvec Krylov products (cheap ones, and exact ones of a fallback run) and n_verify exact products of
-        Rayleigh-Ritz and residual steps: k + 2, and at most k for each of up to three steps. settings: cheap_products,
+        Rayleigh-Ritz and residual steps: k + 2, and at most k for each of up to six steps. settings: cheap_products,
         exact_products, residual_steps, fallback.
-        Memory: the basis of the cheap run, as `memory` allows, and 2 (k + 2 + 3 k) n elements.
+        Memory: the basis of the cheap run, as `memory` allows, and 2 (k + 2 + 6 k) n elements.
     With method "dense", or "auto" where n <= max(64, 2k), n exact products are taken and no cheap ones.
     """
     arguments: dict[str, Any] = {"k": k, "which": which, "tol": tol, "criterion": criterion, "max_iter": max_iter, "seed": seed}

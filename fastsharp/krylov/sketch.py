@@ -7,8 +7,8 @@ Each t_i is unbiased for Gaussian w_i; the estimate is their mean. Source: Epper
 Note on numerical properties
 ----------------------------
 *Variance.* The t_i share their bases and are not independent: s^2 / m, the error estimate of the source, is 0.5 to 0.95 of the
-variance (matrices of tests/krylov/test_trace_coverage.py, m = 8 to 24), and t intervals from it cover 82 to 94 % in place of 95 %;
-the jackknife over probes errs to the other side, by up to 2.8 in width. Let t_ij be t_i with probe j left out of its basis as well.
+variance (matrices of tests/krylov/test_trace_coverage.py, m = 8 to 24), and t intervals from it cover 82 to 95 % in place of 95 %;
+the jackknife over probes errs to the other side, by up to 2.9 in width. Let t_ij be t_i with probe j left out of its basis as well.
 With all probes but i and j fixed, t_i has mean tr B whatever w_j is, and t_ij does not depend on w_j, so of
     E (t_i - t_ij)(t_j - t_ji)
 only cov(t_i, t_j) is left. Its mean over the pairs, C, is unbiased for the covariance, and s^2 / m + C for the variance of the mean.

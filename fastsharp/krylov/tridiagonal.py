@@ -35,9 +35,9 @@ from fastsharp.krylov.restart import Keep, compress
 from fastsharp.krylov.rows import exponent, largest, normalised, scale
 from fastsharp.operator import SymmetricOperator
 
-_DROP = 0.717  # sqrt(1/2) of Daniel et al., rounded up as in ARPACK
-_MAX_PASSES = 4  # "twice is enough" (Kahan); more only where w is rounding altogether, and then it ends as a breakdown
-_SAFE_EXPONENT = {torch.float32: 32, torch.float64: 256}  # squares and eps-sized parts stay inside the range by a wide margin
+DROP = 0.717  # sqrt(1/2) of Daniel et al., rounded up as in ARPACK
+MAX_PASSES = 4  # "twice is enough" (Kahan); more only where w is rounding altogether, and then it ends as a breakdown
+SAFE_EXPONENT = {torch.float32: 32, torch.float64: 256}  # squares and eps-sized parts stay inside the range by a wide margin
 
 
 def breakdown_threshold(n: int, eps: float, norm_t: float) -> float:
@@ -132,7 +132,7 @@ class Tridiagonal:
         self._watch_symmetry(c[: max(j - 2, 0)])
         alpha += c[j - 1]
         passes = 1
-        while after < _DROP**2 * before and passes < _MAX_PASSES:
+        while after < DROP**2 * before and passes < MAX_PASSES:
             _, after, before, c = self._pass(j, None)
             alpha += c[j - 1]
             passes += 1
@@ -177,7 +177,7 @@ class Tridiagonal:
         j = self.size
         self._basis.vector(j).copy_(normalised(self._draw()))
         before, after, passes = 1.0, 0.0, 0
-        while passes < 2 or (after < _DROP**2 * before and passes < 2 * _MAX_PASSES):
+        while passes < 2 or (after < DROP**2 * before and passes < 2 * MAX_PASSES):
             _, after, before, _ = self._pass(j, None)
             passes += 1
         self._basis.accept(j, math.sqrt(after))
@@ -198,7 +198,7 @@ class Tridiagonal:
                 raise self._not_finite(f"largest entry {size}")
             if size > 0.0:
                 e = exponent(size)
-                self.shift = e if abs(e) > _SAFE_EXPONENT[w.dtype] else 0
+                self.shift = e if abs(e) > SAFE_EXPONENT[w.dtype] else 0
         if self.shift:
             scale(w, -self.shift)
 
