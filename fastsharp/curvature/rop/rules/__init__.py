@@ -1,0 +1,1 @@
+"""One rule per ATen call; importing this package fills the table."""
