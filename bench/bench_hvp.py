@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastsharp
 from bench.harness import RESULTS, Variant, interleaved
@@ -40,7 +41,7 @@ def double_backward(model: nn.Module, batches: list[Any], v: torch.Tensor) -> to
     parts = [p.view_as(q) for p, q in zip(v.split([q.numel() for q in params]), params, strict=True)]
     total = torch.zeros_like(v)
     for x, y in batches:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             grads = torch.autograd.grad(LOSS(model(x), y), params, create_graph=True)
         product = torch.autograd.grad(grads, params, parts)
         total += torch.cat([p.reshape(-1) for p in product])
@@ -54,7 +55,7 @@ def rivals(model: nn.Module, batches: list[Any], v: torch.Tensor) -> dict[str, C
         import curvlinops
 
         operator = curvlinops.HessianLinearOperator(model, LOSS, list(model.parameters()), batches, check_deterministic=False)
-        found["curvlinops"] = lambda: operator @ v
+        found["curvlinops"] = sdpa_kernel(SDPBackend.MATH)(lambda: operator @ v)  # the kernel with a second derivative
     except ImportError:
         print("  curvlinops is not installed: not compared")
     try:
@@ -62,7 +63,7 @@ def rivals(model: nn.Module, batches: list[Any], v: torch.Tensor) -> dict[str, C
 
         supervised = hessian_eigenthings.supervised_loss(LOSS)
         other = hessian_eigenthings.HessianOperator(model, batches, supervised)
-        found["hessian-eigenthings"] = lambda: other.matvec(v)
+        found["hessian-eigenthings"] = sdpa_kernel(SDPBackend.MATH)(lambda: other.matvec(v))
     except ImportError:
         print("  hessian-eigenthings is not installed: not compared")
     return found
