@@ -151,7 +151,7 @@ def _net(trace: _Trace, params: tuple[Tensor, ...], offsets: tuple[int, ...]) ->
     *hidden, last = trace.layers
     kinds = {layer.activation for layer in hidden}
     if len(kinds) > 1 or last.activation != "identity":
-        raise Unavailable(f"the activations differ between layers: {', '.join(sorted(kinds | {last.activation}))}")
+        raise Unavailable(f"the activations differ between layers: {', '.join(layer.activation for layer in trace.layers)}")
     if len(trace.layers) > mlp.MOST_LAYERS:
         raise Unavailable(f"{len(trace.layers)} layers are more than {mlp.MOST_LAYERS}")
     widths = (trace.layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in trace.layers))

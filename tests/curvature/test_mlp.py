@@ -99,7 +99,7 @@ def frozen() -> nn.Module:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, torch.Tensor, str]] = {
     "skip connection": (lambda: Plain("skip"), None, LABELS, "no part of a chain|does not follow|is no linear layer"),
-    "two kinds": (lambda: Plain("mixed"), None, LABELS, "the activations differ between layers: relu, tanh"),
+    "two kinds": (lambda: Plain("mixed"), None, LABELS, "the activations differ between layers: relu, tanh, identity"),
     "tied": (lambda: Plain("twice"), None, LABELS, "weights are shared"),
     "unknown activation": (lambda: Plain("sigmoid"), None, LABELS, "sigmoid is no linear layer"),
     "scaled output": (lambda: Plain("scaled"), None, LABELS, "mul is no linear layer"),
@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, torch.Tensor, str]] = {
     "smoothing": (lambda: sequential(nn.ReLU), nn.CrossEntropyLoss(label_smoothing=0.1), LABELS, "label smoothing"),
     "own loss": (lambda: sequential(nn.ReLU), lambda z, y: ((z - y) ** 2).mean(), VALUES, "is no linear layer"),
     "scaled loss": (lambda: sequential(nn.ReLU), lambda z, y: 3 * F.mse_loss(z, y), VALUES, "the loss goes through"),
-    "one layer of many": (lambda: nn.Sequential(nn.Conv1d(4, 3, 1), nn.Flatten()).double(), nn.MSELoss(), VALUES, "is no linear layer|dim"),
+    "one layer of many": (lambda: nn.Sequential(nn.Conv1d(4, 3, 1), nn.Flatten()).double(), nn.MSELoss(), VALUES, "conv1d is no part of a chain"),
 }
 
 
