@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
+from fastsharp.objective import Objective
 from fastsharp.ops import mlp
 
 _ACTIVATIONS: dict[Any, str] = {
@@ -118,30 +119,52 @@ class _Trace(TorchFunctionMode):
             self.refusal = "the loss is called in a way that is not followed"
 
 
-def mlp_products(request: Request) -> Made:
-    """Products of one batch of a plain fully connected net on the CPU; Unavailable with the reason elsewhere."""
-    objective = request.objective
+@dataclass(frozen=True)
+class Recognised:
+    """A net with the weights and data of one batch; scale and count are the batch's in L = sum scale loss / sum count."""
+
+    net: mlp.Net
+    theta: Tensor  # (n,)
+    x: Tensor
+    target: Tensor
+    weight: Tensor
+    loss: float
+    scale: float
+    count: float | None
+
+    def agrees(self, own: float) -> bool:
+        """Whether the loss of the recognised net is that of the model."""
+        return abs(own - self.loss) <= 1e-4 * max(abs(own), 1e-3)
+
+
+def recognised(objective: Objective, index: Any, batch: Any) -> Recognised:
+    """The plain net behind one evaluation of a batch, inside `objective.quiet()`; Unavailable with the reason where there is none."""
     if objective.device.type != "cpu":
         raise Unavailable(f"the native kernel runs on the CPU, the model is on {objective.device}")
+    params = tuple(objective.selection.params)
+    trace = _Trace(tuple(objective.model.parameters()))
+    with trace:
+        value = objective.evaluate(index, batch)
+    net = _net(trace, params, objective.selection.layout.offsets)
+    theta = torch.cat([p.detach().reshape(-1) for p in params])
+    return Recognised(net, theta, *_data(trace, value.loss.dtype), float(value.loss.detach()), value.scale, value.count)
+
+
+def mlp_products(request: Request) -> Made:
+    """Products of one batch of a plain fully connected net on the CPU; Unavailable with the reason elsewhere."""
     if request.bf16:
         raise Unavailable("bfloat16 products are autograd's")
-    params = tuple(objective.selection.params)
-    trace = _Trace(tuple(p for p in objective.model.parameters()))
-    with trace:
-        value = objective.evaluate(request.index, request.batch)
-    net, parts = _net(trace, params, objective.selection.layout.offsets)
-    x, target, weight = _data(trace, value.loss.dtype)
-    theta = torch.cat([p.detach().reshape(-1) for p in params])
-    assert len(parts) == len(params)
-    prepared = mlp.prepare(net, theta[None], x[None], target[None], weight[None])
+    objective = request.objective
+    found = recognised(objective, request.index, request.batch)
+    prepared = mlp.prepare(found.net, found.theta[None], found.x[None], found.target[None], found.weight[None])
     own = float(prepared.primal.value[0])
-    if not abs(own - float(value.loss.detach())) <= 1e-4 * max(abs(own), 1e-3):
-        raise Unavailable(f"the recognised net has the loss {own:.6g}, the model {float(value.loss.detach()):.6g}")
-    return Made(_MlpProducts(prepared, request.gauss, objective.selection.layout.offsets), value.scale, value.count)
+    if not found.agrees(own):
+        raise Unavailable(f"the recognised net has the loss {own:.6g}, the model {found.loss:.6g}")
+    return Made(_MlpProducts(prepared, request.gauss, objective.selection.layout.offsets), found.scale, found.count)
 
 
-def _net(trace: _Trace, params: tuple[Tensor, ...], offsets: tuple[int, ...]) -> tuple[mlp.Net, dict[int, int]]:
-    """The architecture behind a trace, and where each parameter begins."""
+def _net(trace: _Trace, params: tuple[Tensor, ...], offsets: tuple[int, ...]) -> mlp.Net:
+    """The architecture behind a trace."""
     if trace.refusal or trace.loss is None or not trace.layers:
         raise Unavailable(trace.refusal or "no linear layer with cross-entropy or mean squared error was seen")
     where = {id(p): offset for p, offset in zip(params, offsets, strict=False)}
@@ -157,7 +180,7 @@ def _net(trace: _Trace, params: tuple[Tensor, ...], offsets: tuple[int, ...]) ->
     widths = (trace.layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in trace.layers))
     weights = tuple(where[id(layer.weight)] for layer in trace.layers)
     biases = tuple(None if layer.bias is None else where[id(layer.bias)] for layer in trace.layers)
-    return mlp.Net(widths, weights, biases, kinds.pop() if kinds else "identity", trace.loss, offsets[-1]), where
+    return mlp.Net(widths, weights, biases, kinds.pop() if kinds else "identity", trace.loss, offsets[-1])
 
 
 def _data(trace: _Trace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
