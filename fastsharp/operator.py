@@ -165,8 +165,10 @@ class EnsembleOperator(ABC):
             raise DeviceError(f"ensemble: V is on {V.device}, the operators on {self.device}. Move it with .to('{self.device}').")
         member = torch.arange(self.E) if member is None else member
         if V.ndim != 2 or V.shape[1] != self.n or member.shape != V.shape[:1]:
-            raise ShapeError(f"ensemble: V has shape {tuple(V.shape)}, expected ({member.numel()}, {self.n}), one row for each entry of member.")
-        if V.shape[0] and not (0 <= int(member.min()) and int(member.max()) < self.E):
+            raise ShapeError(
+                f"ensemble: V has shape {tuple(V.shape)}, expected ({member.numel()}, {self.n}), one row for each entry of member."
+            )
+        if V.shape[0] and (int(member.min()) < 0 or int(member.max()) >= self.E):
             raise InputError(f"ensemble: member holds {int(member.min())} to {int(member.max())}, expected 0 to {self.E - 1}.")
         out = torch.empty_like(V, memory_format=torch.contiguous_format)
         if V.shape[0]:

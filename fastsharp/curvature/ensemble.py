@@ -30,7 +30,7 @@ class GenericEnsemble(EnsembleOperator):
             operator.check_unchanged()
 
     def _apply(self, V: Tensor, member: Tensor, out: Tensor) -> None:
-        for e in member.unique().tolist():
+        for e in sorted(set(member.tolist())):
             rows = (member == e).nonzero()[:, 0].to(V.device)
             out[rows] = self._operators[e].apply(V[rows])
 

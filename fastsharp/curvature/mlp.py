@@ -8,6 +8,7 @@ activations, the parameters or the loss on its way is a reason to leave the batc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -84,9 +85,9 @@ class _Trace(TorchFunctionMode):
             gelu = func is F.gelu and kwargs.get("approximate", "none") == "tanh"
             self.layers[-1].activation = "gelu_tanh" if gelu else _ACTIVATIONS[func]
             self._move(result)
-        elif func is F.dropout and not (args[2] if len(args) > 2 else kwargs.get("training", True)):
-            self._move(result)
-        elif func in _FLATTEN and result.shape == self._at.shape:
+        elif (func is F.dropout and not (args[2] if len(args) > 2 else kwargs.get("training", True))) or (
+            func in _FLATTEN and result.shape == self._at.shape
+        ):
             self._move(result)
         elif func in (F.cross_entropy, F.mse_loss) and self._at is not None:
             self._finish(func, args, kwargs, result)
@@ -206,7 +207,7 @@ class _MlpProducts(BatchProducts):
     def __init__(self, prepared: mlp.Prepared, gauss: bool, offsets: tuple[int, ...]) -> None:
         self._prepared, self._gauss = prepared, gauss
         finite = torch.isfinite(prepared.primal.gradient()[0])
-        self.not_finite = tuple(i for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)) if not bool(finite[a:b].all()))
+        self.not_finite = tuple(i for i, (a, b) in enumerate(pairwise(offsets)) if not bool(finite[a:b].all()))
         self._out: Tensor | None = None
 
     def add_products(self, V: Tensor, out: Tensor, scale: float) -> None:
@@ -218,5 +219,3 @@ class _MlpProducts(BatchProducts):
         primal = self._prepared.primal
         held = (*primal.a, *primal.slope, *primal.bend, *primal.y, primal.theta)
         return self._prepared.nbytes + sum(t.nbytes for t in held)
-
-

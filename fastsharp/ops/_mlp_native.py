@@ -60,9 +60,9 @@ def _cache(primal: Primal, tile_size: int) -> Tensor:
         d = t.shape[-1]
         length = d * step if transposed else step * columns
         part = cache[:, :, at : at + length]
-        part = part.unflatten(-1, (d, step)).mT if transposed else part.unflatten(-1, (step, columns))
+        part = part.view(E, tiles, d, step).mT if transposed else part.view(E, tiles, step, columns)
         whole, rest = divmod(N, step)
-        part[:, :whole, :, :d] = t[:, : whole * step].unflatten(1, (whole, step)) if whole else part[:, :0, :, :d]
+        part[:, :whole, :, :d] = t[:, : whole * step].reshape(E, whole, step, d)
         if rest:
             part[:, whole, :rest, :d] = t[:, whole * step :]
         at += length

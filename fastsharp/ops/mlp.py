@@ -52,7 +52,7 @@ class Net:
     def weight(self, flat: Tensor, l: int) -> Tensor:  # noqa: E741
         """W_l (..., d_l, d_{l-1}) for l = 1..L as a view of flat (..., n)."""
         start, shape = self.weights[l - 1], (self.widths[l], self.widths[l - 1])
-        return flat[..., start : start + shape[0] * shape[1]].unflatten(-1, shape)
+        return flat[..., start : start + shape[0] * shape[1]].view(*flat.shape[:-1], *shape)
 
     def bias(self, flat: Tensor, l: int) -> Tensor | None:  # noqa: E741
         """b_l (..., d_l) as a view, None where there is none."""
@@ -119,7 +119,7 @@ class Prepared:
         if member is None:
             if E not in (1, rows):
                 raise ShapeError(f"mlp_product: V has {rows} rows for {E} nets. Pass member=, the number of the net of each row.")
-            member = torch.arange(rows) if E == rows else torch.zeros(rows, dtype=torch.int64)
+            member = torch.arange(rows) if rows == E else torch.zeros(rows, dtype=torch.int64)
         _border.check("mlp_product", "member", member, 1, (torch.int64,), torch.device("cpu"))
         _border.check_length("mlp_product", "member", member, rows, "as V has rows")
         if rows == 0:
@@ -170,16 +170,20 @@ def _check(net: Net, theta: Any, x: Any, target: Any, weight: Any) -> None:
     if labels:
         used = target[weight != 0]
         if used.numel() and (int(used.min()) < 0 or int(used.max()) >= net.widths[-1]):
-            raise InputError(f"mlp_prepare: target holds classes {int(used.min())} to {int(used.max())}, expected 0 to {net.widths[-1] - 1}.")
+            raise InputError(
+                f"mlp_prepare: target holds classes {int(used.min())} to {int(used.max())}, expected 0 to {net.widths[-1] - 1}."
+            )
 
 
 def _check_net(net: Net) -> None:
     if net.activation not in ACTIVATIONS or net.loss not in LOSSES:
         raise InputError(f"mlp_prepare: activation {net.activation!r} of {ACTIVATIONS}, loss {net.loss!r} of {LOSSES}.")
     if not 1 <= net.layers <= MOST_LAYERS or len(net.widths) != net.layers + 1 or len(net.biases) != net.layers or min(net.widths) < 1:
-        raise ShapeError(f"mlp_prepare: widths {net.widths}, {net.layers} weights and {len(net.biases)} biases are no net of 1 to 32 layers.")
-    parts = [(s, net.widths[l] * net.widths[l + 1]) for l, s in enumerate(net.weights)]
-    parts += [(s, net.widths[l + 1]) for l, s in enumerate(net.biases) if s is not None]
+        raise ShapeError(
+            f"mlp_prepare: widths {net.widths}, {net.layers} weights and {len(net.biases)} biases are no net of 1 to 32 layers."
+        )
+    parts = [(s, net.widths[i] * net.widths[i + 1]) for i, s in enumerate(net.weights)]
+    parts += [(s, net.widths[i + 1]) for i, s in enumerate(net.biases) if s is not None]
     end = 0
     for start, size in sorted(parts):
         if start != end:

@@ -108,7 +108,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, torch.Tensor, str]] = {
     "smoothing": (lambda: sequential(nn.ReLU), nn.CrossEntropyLoss(label_smoothing=0.1), LABELS, "label smoothing"),
     "own loss": (lambda: sequential(nn.ReLU), lambda z, y: ((z - y) ** 2).mean(), VALUES, "is no linear layer"),
     "scaled loss": (lambda: sequential(nn.ReLU), lambda z, y: 3 * F.mse_loss(z, y), VALUES, "the loss goes through"),
-    "one layer of many": (lambda: nn.Sequential(nn.Conv1d(4, 3, 1), nn.Flatten()).double(), nn.MSELoss(), VALUES, "conv1d is no part of a chain"),
+    "one layer of many": (
+        lambda: nn.Sequential(nn.Conv1d(4, 3, 1), nn.Flatten()).double(),
+        nn.MSELoss(),
+        VALUES,
+        "conv1d is no part of a chain",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ LEVELS = ("scalar", "avx2", "avx512")
 
 def net_of(widths: tuple[int, ...], activation: str, loss: str, biases: bool = True) -> mlp.Net:
     weights, offsets, at = [], [], 0
-    for i, o in zip(widths, widths[1:], strict=False):
+    for i, o in pairwise(widths):
         weights.append(at)
         at += i * o
         offsets.append(at if biases else None)
@@ -65,7 +66,7 @@ class Problem:
     def loss(self, e: int, theta: Tensor) -> Tensor:
         return self.loss_of(e, self.output(e, theta))
 
-    @cache  # noqa: B019: a few small problems, shared by all kernels
+    @cache  # noqa: B019
     def dense(self, e: int, gauss: bool) -> Tensor:
         theta = self.theta[e]
         if not gauss:
@@ -196,7 +197,7 @@ def test_rows_may_lie_apart_and_the_weights_are_a_copy() -> None:
 def test_wrong_arguments_are_named() -> None:
     p = Problem(net_of((3, 9, 4), "relu", "cross_entropy"), E=2, N=6)
     prepared, V = p.prepared(), torch.zeros(2, p.net.n, dtype=torch.float64)
-    with pytest.raises(DtypeError, match="mlp_product: V is torch.float32"):
+    with pytest.raises(DtypeError, match=r"mlp_product: V is torch\.float32"):
         product(prepared, V.float())
     with pytest.raises(ShapeError, match=r"out has shape \(1, 76\)"):
         prepared.product(V, out=V.new_empty(1, p.net.n))
