@@ -17,12 +17,14 @@ class BatchProducts(ABC):
 
     unused      numbers of the parameters that the loss has no path to
     not_finite  numbers of those whose gradient has NaN or Inf
+    plain       products run neither the model nor autograd: no mode or flag of the caller's matters to them
     islands     single calls that torch's double backward computed within another backend, for the notes
     """
 
     unused: tuple[int, ...] = ()
     not_finite: tuple[int, ...] = ()
     islands: tuple[str, ...] = ()
+    plain: bool = False
 
     @abstractmethod
     def add_products(self, V: torch.Tensor, out: torch.Tensor, scale: float) -> None:

@@ -220,7 +220,8 @@ class FiniteSum(SymmetricOperator):
         if self._records != self.objective.records:
             raise StaleOperatorError("the weights were taken anew by another operator on these data. Call refresh() on this one as well.")
         kept = self._denominator is not None and self._all_kept
-        with self.objective.quiet(forward=not kept, tf32=self._precision == "tf32"):
+        plain = kept and all(products.plain for products, _ in self._kept.values())
+        with torch.no_grad() if plain else self.objective.quiet(forward=not kept, tf32=self._precision == "tf32"):
             # autograd takes no tensor made under inference_mode, and writing into one is refused outside of it
             total = torch.zeros_like(V) if out.is_inference() else out.zero_()
             rows = V.clone() if V.is_inference() else V

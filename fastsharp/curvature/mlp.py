@@ -204,6 +204,8 @@ def _data(trace: _Trace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @final
 class _MlpProducts(BatchProducts):
+    plain = True
+
     def __init__(self, prepared: mlp.Prepared, gauss: bool, offsets: tuple[int, ...]) -> None:
         self._prepared, self._gauss = prepared, gauss
         finite = torch.isfinite(prepared.primal.gradient()[0])
