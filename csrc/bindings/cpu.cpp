@@ -3,6 +3,7 @@
 
 #include "check.hpp"
 #include "fastsharp/krylov.hpp"
+#include "fastsharp/mlp.hpp"
 #include "fastsharp/parallel.hpp"
 #include "fastsharp/simd.hpp"
 
@@ -67,6 +68,38 @@ template <class S, class T> void basis(pybind11::module_& m, const std::string& 
           Release());
 }
 
+fs::MlpShape shape(i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n) {
+    return {layers, at<const i64>(widths), at<const i64>(weights), at<const i64>(biases), curved, static_cast<fs::MlpLoss>(loss), samples, n};
+}
+
+template <class T> void mlp(pybind11::module_& m, const std::string& t) {
+    m.def(("mlp_tile_size_" + t).c_str(),
+          [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n) {
+              return k::mlp_tile_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n));
+          });
+    m.def(("mlp_workspace_size_" + t).c_str(),
+          [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n, i64 rows, int threads) {
+              return k::mlp_workspace_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n), rows, threads);
+          });
+    m.def(("mlp_product_" + t).c_str(),
+          [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n, bool gauss,
+             Address cache, Address theta, i64 rows, Address member, Address V, i64 V_row, Address out, i64 out_row, Address work,
+             int threads) {
+              const fs::MlpProduct<T> p{shape(layers, widths, weights, biases, curved, loss, samples, n),
+                                        gauss,
+                                        at<const T>(cache),
+                                        at<const T>(theta),
+                                        rows,
+                                        at<const i64>(member),
+                                        at<const T>(V),
+                                        V_row,
+                                        at<T>(out),
+                                        out_row};
+              check(k::mlp_product(p, at<T>(work), threads));
+          },
+          Release());
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -76,6 +109,8 @@ PYBIND11_MODULE(_cpu, m) {
     basis<double, double>(m, "f64");
     basis<fs::Half, float>(m, "f16");
     basis<fs::BFloat16, float>(m, "bf16");
+    mlp<float>(m, "f32");
+    mlp<double>(m, "f64");
     m.def("workspace_size", &k::workspace_size);
     m.def("simd", [] { return fs::name(fs::simd()); });
     m.def("simd_supported", [] { return fs::name(fs::simd_supported()); });

@@ -31,9 +31,8 @@ declare -A level=([asan]=-O0 [tsan]=-O1) # of the CPU kernels
 started=()
 start() { limit; compile "$@" & started+=($!); }
 for kind in asan tsan; do
-    for source in "$csrc"/cpu/*.cpp "$here/test_krylov_cpu.cpp"; do
-        start $kind ${level[$kind]} -c "$source" -o "objects/cpu_$(basename "$source" .cpp).$kind.o"
-    done
+    for source in "$csrc"/cpu/*.cpp; do start $kind ${level[$kind]} -c "$source" -o "objects/cpu_$(basename "$source" .cpp).$kind.o"; done
+    for name in test_krylov_cpu test_mlp_cpu; do start $kind ${level[$kind]} -c "$here/$name.cpp" -o "objects/$name.$kind.o"; done
     for source in "$csrc"/cuda/*.cu; do start $kind -O0 -x c++ -c "$source" -o "objects/cuda_$(basename "$source" .cu).$kind.o"; done
     start $kind -O0 -c "$here/test_krylov_cuda_host.cpp" -o objects/cuda_test.$kind.o
     start $kind -O0 -DFS_FLOAT_ALONE -c "$here/test_krylov_cuda_host.cpp" -o objects/float_test.$kind.o
@@ -41,7 +40,7 @@ for kind in asan tsan; do
 done
 for job in "${started[@]}"; do wait "$job" || { echo "FAILED: a test does not compile"; exit 1; }; done
 for kind in asan tsan; do
-    compile $kind objects/cpu_*.$kind.o -o programs/test_krylov_cpu.$kind -ldl
+    for name in test_krylov_cpu test_mlp_cpu; do compile $kind objects/cpu_*.$kind.o objects/$name.$kind.o -o programs/$name.$kind -ldl; done
     compile $kind objects/cuda_*.$kind.o -o programs/test_krylov_cuda_host.$kind
 done
 
@@ -80,6 +79,7 @@ mutant() { # what, expected text, kind, unit, file, sed script
 for kind in tsan asan; do
     result pass $kind test_krylov_cuda_host
     result pass $kind test_krylov_cpu
+    result pass $kind test_mlp_cpu
     result pass $kind planted sound
     result pass $kind planted early_return
 done

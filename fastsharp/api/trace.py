@@ -31,6 +31,8 @@ def trace(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
@@ -43,7 +45,7 @@ def trace(
         estimate = fastsharp.trace(model, loader)
         float(estimate), estimate.interval
 
-    model, loader, loss_fn, params, reduction, bn, dropout, memory, progress, strict_data, preflight    as in `fastsharp.lanczos`
+    model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, progress, strict_data, preflight    as in `fastsharp.lanczos`
     rtol, atol    half the interval is to be at most max(rtol |tr H|, atol); atol None is rtol ||H||_F, since a trace that
                   cancels cannot be had to a relative tolerance
     confidence    of the interval
@@ -57,7 +59,7 @@ def trace(
     Raises subclasses of FastsharpError; Interrupted on Ctrl-C, with `.partial`.
     Sources: Hutchinson 1990; Hutch++, Meyer et al. 2021; XTrace, Epperly et al. 2024; Krylov-aware, Chen and Hallman 2023.
     """
-    subject = _Subject("trace", model, loader, loss_fn, params, reduction, bn, dropout, memory, seed, preflight)
+    subject = _Subject("trace", model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, seed, preflight)
     arguments = {"rtol": rtol, "atol": atol, "confidence": confidence, "method": method, "max_products": max_products, "pairs": pairs}
     solvers.check_arguments("trace", seed=seed, **arguments)  # type: ignore[arg-type]
     return subject.run(solvers.trace, progress, strict_data, seed=seed, strict=strict, **arguments)
@@ -77,6 +79,8 @@ def frobenius(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
@@ -88,7 +92,7 @@ def frobenius(
 
     Arguments, result and errors as in `fastsharp.trace`; method "xtrace" estimates traces only.
     """
-    subject = _Subject("frobenius", model, loader, loss_fn, params, reduction, bn, dropout, memory, seed, preflight)
+    subject = _Subject("frobenius", model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, seed, preflight)
     arguments = {"rtol": rtol, "confidence": confidence, "method": method, "max_products": max_products, "pairs": pairs}
     solvers.check_arguments("frobenius", atol=None, seed=seed, **arguments)  # type: ignore[arg-type]
     return subject.run(solvers.frobenius, progress, strict_data, seed=seed, strict=strict, **arguments)
@@ -108,6 +112,8 @@ def logdet(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
@@ -120,7 +126,7 @@ def logdet(
     A Ritz value at or below -c raises InputError with that value: H + c I is then not positive definite.
     Other arguments, result and errors as in `fastsharp.trace_function`.
     """
-    subject = _Subject("logdet", model, loader, loss_fn, params, reduction, bn, dropout, memory, seed, preflight)
+    subject = _Subject("logdet", model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, seed, preflight)
     arguments = {"rtol": rtol, "atol": atol, "confidence": confidence, "max_products": max_products}
     solvers.check_arguments("logdet", method="auto", pairs=None, seed=seed, **arguments)  # type: ignore[arg-type]
     return subject.run(solvers.logdet, progress, strict_data, shift=shift, seed=seed, strict=strict, **arguments)
@@ -140,6 +146,8 @@ def trace_function(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
@@ -154,7 +162,7 @@ def trace_function(
     The interval includes an estimate of what the quadrature misses. Other arguments, result and errors as in `fastsharp.trace`.
     Source: Golub and Meurant, Matrices, Moments and Quadrature (2010), section 3.
     """
-    subject = _Subject("trace_function", model, loader, loss_fn, params, reduction, bn, dropout, memory, seed, preflight)
+    subject = _Subject("trace_function", model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, seed, preflight)
     arguments = {"rtol": rtol, "atol": atol, "confidence": confidence, "max_products": max_products}
     solvers.check_arguments("trace_function", method="auto", pairs=None, seed=seed, **arguments)  # type: ignore[arg-type]
     return subject.run(solvers.trace_function, progress, strict_data, f=f, seed=seed, strict=strict, **arguments)
@@ -173,6 +181,8 @@ class _Subject:
         reduction: str,
         bn: str | None,
         dropout: str | None,
+        operator: str,
+        backend: str,
         memory: str | int,
         seed: int,
         preflight: str,
@@ -186,6 +196,8 @@ class _Subject:
             reduction=reduction,
             bn=bn,
             dropout=dropout,
+            operator=operator,
+            backend=backend,
             memory=memory,
             seed=seed,
             preflight=preflight,

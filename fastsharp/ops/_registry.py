@@ -13,13 +13,19 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastsharp.errors import InputError, KernelError
 from fastsharp.ops import _border
+from fastsharp.ops._mlp_native import native_mlp
 from fastsharp.ops.reference import krylov as reference
+from fastsharp.ops.reference import mlp as reference_mlp
+
+if TYPE_CHECKING:
+    from fastsharp.ops.mlp import Primal, Product
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _KINDS = {"rademacher": 0, "normal": 1}
@@ -36,6 +42,7 @@ class Backend:
     update: Callable[[Tensor, Tensor, Tensor, reference.Row | None, Tensor], None]
     combine: Callable[[Tensor, Tensor, Tensor], None]
     probes: Callable[[str, int, int, Tensor], None]
+    mlp: Callable[[Primal], tuple[Product, int]] = reference_mlp.mlp
 
     def takes(self, device: torch.device) -> bool:
         """True when tensors on this device can be handed to it."""
@@ -139,7 +146,10 @@ def _native_backend(name: str, module: ModuleType) -> Backend:
         b, n = out.shape
         call(kernels["probes"][out.dtype], _KINDS[kind], seed & 2**64 - 1, first, *_rows(out, 1), b, n, *place(out.device))
 
-    return Backend(name, (name,), alpha, dots, update, combine, probes)
+    def mlp(primal: Primal) -> tuple[Product, int]:
+        return native_mlp(module, primal) if name == "cpu" else reference_mlp.mlp_same_dtype(primal)
+
+    return Backend(name, (name,), alpha, dots, update, combine, probes, mlp)
 
 
 def _rows(t: Tensor | None, strides: int) -> tuple[int, ...]:
