@@ -9,6 +9,7 @@ each summed to the shape of its input where that was broadcast. f_ij y_g is form
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,16 +50,16 @@ class Layout:
 
     def empty(self, like: torch.Tensor) -> torch.Tensor:
         """An uninitialised tangent (b, *shape) for the vectors of `like`."""
-        return self._make(torch.empty_strided, like)
+        strides = (max(math.prod(self.shape), 1), *self.strides)
+        return torch.empty_strided((like.shape[0], *self.shape), strides, dtype=self.dtype, device=like.device)
 
     def zeros(self, like: torch.Tensor) -> torch.Tensor:
         return self.empty(like).zero_()
 
-    def _make(self, make: Callable[..., torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        size = 1
-        for s in self.shape:
-            size *= s
-        return make((like.shape[0], *self.shape), (max(size, 1), *self.strides), dtype=self.dtype, device=like.device)
+    def like(self, t: torch.Tensor) -> torch.Tensor:
+        """The tangent t in this layout, copied only where it has another."""
+        pairs = zip(t.shape[1:], t.stride()[1:], self.strides, strict=True)
+        return t if all(n == 1 or a == b for n, a, b in pairs) else self.empty(t).copy_(t)
 
 
 def _is_dense(t: torch.Tensor) -> bool:
