@@ -35,7 +35,7 @@ CASES = [
     Case(aten.div.Tensor, lambda r: (r(3, 4), 3)),
     Case(aten.div.Scalar, lambda r: (r(3, 4), 3)),
     Case(aten.div.Tensor_mode, lambda r: (r(3, 4), r(4).abs() + 1), {"rounding_mode": None}),
-    *(Case(aten.pow.Tensor_Scalar, lambda r, p=p: (r(3, 4).abs() + 0.5, p)) for p in (0, 1, 2, 3, -1, 0.5, 2.5)),
+    *(Case(aten.pow.Tensor_Scalar, lambda r, p=p: (r(3, 4).abs() + 0.5, p)) for p in (1, 2, 3, -1, 0.5, 2.5)),
     Case(aten.pow.Scalar, lambda r: (2.5, r(3, 4))),
     Case(aten.pow.Tensor_Tensor, lambda r: (r(3, 4).abs() + 0.5, r(4))),
     Case(aten.pow.Tensor_Tensor, lambda r: (r(3, 4), torch.tensor([0, 1, 2, 3]))),
@@ -94,3 +94,8 @@ def test_addition_hands_the_adjoint_on_without_a_copy() -> None:
     _, part = part_of(aten.add.Tensor, x, torch.randn(3, 4))
     g = torch.randn(2, 3, 4)
     assert all(r is g for r in part.backward([g], None, [None, None]))
+
+
+def test_zeroth_power_is_constant() -> None:
+    _, part = part_of(aten.pow.Tensor_Scalar, torch.randn(3), 0)
+    assert part.tangent([torch.randn(1, 3)])[0] == [None] and part.backward([torch.randn(1, 3)], None, [None]) == [None]

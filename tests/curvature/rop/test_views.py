@@ -53,12 +53,11 @@ CASES = [
     Case(aten.slice_scatter.default, lambda r: (r(5, 4), r(2, 4), 0, 1, 5, 2)),
     Case(aten.select_scatter.default, lambda r: (r(5, 4), r(5), -1, 2)),
     Case(aten.diagonal_scatter.default, lambda r: (r(3, 4), r(3))),
-    Case(aten.copy.default, lambda r: (r(3, 4), r(4))),
     Case(aten.tril.default, lambda r: (r(2, 3, 4), -1)),
     Case(aten.triu.default, lambda r: (r(3, 4), 1)),
     Case(aten.flip.default, lambda r: (r(2, 3, 4), [-1, 0])),
     Case(aten.roll.default, lambda r: (r(2, 5, 4), [2, -1], [1, 2])),
-    Case(aten.roll.default, lambda r: (r(2, 5), 3)),
+    Case(aten.roll.default, lambda r: (r(2, 5), [3])),
     Case(aten.cumsum.default, lambda r: (r(2, 5, 3), -2)),
     Case(aten.repeat.default, lambda r: (r(2, 3), [2, 1, 3])),
     Case(aten.repeat.default, lambda r: (r(()), [2])),
@@ -105,3 +104,14 @@ def test_cast_casts_the_tangent() -> None:
     (x_gt,) = part.backward([torch.randn(2, 3, dtype=torch.float64)], None, [None])
     assert y_t is not None and y_t.dtype == torch.float64
     assert x_gt is not None and x_gt.dtype == torch.float32
+
+
+def test_copy_replaces_the_values() -> None:
+    """aten.copy has no derivative in torch; that of copy_ is 0 for what was there and a broadcast for what is written."""
+    _, part = part_of(aten.copy.default, torch.randn(3, 4), torch.randn(4))
+    src_t, g = torch.randn(2, 4), torch.randn(2, 3, 4)
+    (y_t,), _ = part.tangent([torch.randn(2, 3, 4), src_t])
+    x_gt, src_gt = part.backward([g], None, [None, None])
+    assert y_t is not None and torch.equal(y_t, src_t[:, None].expand(2, 3, 4))
+    assert x_gt is None and src_gt is not None
+    torch.testing.assert_close(src_gt, g.sum(1))
