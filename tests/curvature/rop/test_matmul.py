@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def rand(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 CASES: dict[str, tuple[Any, list[torch.Tensor], dict[str, Any]]] = {

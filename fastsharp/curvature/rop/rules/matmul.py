@@ -55,6 +55,14 @@ def broadcast_sum(y: Tensor, shape: torch.Size, scale: float, into: Tensor | Non
     return y if scale == 1.0 else y * scale
 
 
+def place(y: Tensor, into: Tensor | None) -> Tensor | None:
+    """y, or None once it has been added to its place in the flat result."""
+    if into is None:
+        return y
+    into.add_(y)
+    return None
+
+
 class Product(Part):
     """y = beta c + alpha A B for matrices or stacks of them; a vector takes part as a matrix of one row or column."""
 
@@ -91,9 +99,7 @@ class Product(Part):
         if c_t is not None:
             lead = len(self.shape) - (c_t.dim() - 1)
             c_t = c_t.reshape(b, *(1,) * lead, *c_t.shape[1:]).expand(b, *self.shape)
-            y = self._lift(c_t * self.beta if self.beta != 1.0 else c_t.contiguous())
-            if y.data_ptr() == c_t.data_ptr():
-                y = y.clone()
+            y = self._lift(c_t * self.beta)
         if A_t is not None and self.B is not None:
             y = gather(y, A_t, self.B, b, self.alpha)
         if B_t is not None and self.A is not None:
@@ -116,16 +122,16 @@ class Product(Part):
             if not self.on[i]:
                 continue
             other, other_t = (self.B, B_t) if i == 0 else (self.A, A_t)
-            place = into[self.first + i]
+            flat = into[self.first + i]
             as_column, as_row = self.column and i == 1, self.row and i == 0
-            total = None if place is None else self._matrix(place, as_row, as_column)
+            total = None if flat is None else self._matrix(flat, as_row, as_column)
             for adjoint, factor in ((g_t, other), (g, other_t)):
                 if adjoint is None or factor is None:
                     continue
                 b = len(g_t) if g_t is not None else len(factor)
                 left, right = (adjoint, factor.mT) if i == 0 else (factor.mT, adjoint)
                 total = gather(total, left, right, b, self.alpha)
-            if place is None and total is not None:
+            if flat is None and total is not None:
                 out[self.first + i] = total.squeeze(-1) if as_column else total.squeeze(-2) if as_row else total
         return out
 
@@ -187,8 +193,7 @@ class Linear(Part):
             else:
                 y = torch.baddbmm(c_t.unsqueeze(1), self.x.expand(b, *self.x.shape), w_t.mT)
         elif c_t is not None:
-            y = c_t.unsqueeze(1).expand(b, self.rows, -1).contiguous()
-            y = y.clone() if y.data_ptr() == c_t.data_ptr() else y
+            y = c_t.unsqueeze(1).repeat(1, self.rows, 1)
         if a_t is not None and self.weight is not None:
             a_t = a_t.reshape(b, self.rows, -1)
             if y is None:
@@ -210,7 +215,8 @@ class Linear(Part):
                 total = gather(None, g_t.contiguous(), self.weight, len(g_t))
             if g is not None and w_t is not None:
                 total = gather(total, g, w_t, len(w_t))
-            out[0] = None if total is None else total.view(len(total), *self.x_shape)
+            if total is not None:
+                out[0] = place(total.view(len(total), *self.x_shape), into[0])
         if self.on[1]:
             total = into[1]
             if g_t is not None and self.x is not None:
