@@ -25,19 +25,20 @@ FS_INLINE Derivatives derivatives(const Curve& f, Wide a) {
     case Activation::gelu_tanh: {
         constexpr double s = 0.79788456080286535588, k = 0.044715; // sqrt(2 / pi)
         const Wide u1 = s * (1.0 + 3.0 * k * (a * a));
-        const Wide t = 1.0 - 2.0 / (exponential(2.0 * s * (a + k * (a * a * a))) + 1.0);
-        const Wide t1 = (1.0 - t * t) * u1;
-        const Wide t2 = (1.0 - t * t) * (6.0 * s * k * a - 2.0 * t * (u1 * u1));
-        return {0.5 * (1.0 + t + a * t1), t1 + 0.5 * (a * t2)};
+        const Wide v = 2.0 * s * (a + k * (a * a * a)), l = logistic(v), r = logistic(-v);
+        const Wide t = l - r;
+        const Wide t1 = 4.0 * (l * r) * u1;
+        const Wide t2 = 4.0 * (l * r) * (6.0 * s * k * a - 2.0 * t * (u1 * u1));
+        return {l + 0.5 * (a * t1), t1 + 0.5 * (a * t2)};
     }
     case Activation::silu: {
         const Wide s = logistic(a), s1 = s * logistic(-a);
         return {s + a * s1, s1 * (2.0 + a * (1.0 - 2.0 * s))};
     }
     case Activation::tanh: {
-        const Wide t = 1.0 - 2.0 / (exponential(2.0 * a) + 1.0);
-        const Wide t1 = 4.0 * (logistic(2.0 * a) * logistic(-2.0 * a));
-        return {t1, -2.0 * (t * t1)};
+        const Wide l = logistic(2.0 * a), r = logistic(-2.0 * a);
+        const Wide t1 = 4.0 * (l * r);
+        return {t1, -2.0 * ((l - r) * t1)};
     }
     case Activation::sigmoid: {
         const Wide s = logistic(a), s1 = s * logistic(-a);

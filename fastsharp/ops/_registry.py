@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastsharp.errors import InputError, KernelError
 from fastsharp.ops import _border
+from fastsharp.ops.reference import dual as dual_reference
 from fastsharp.ops.reference import krylov as reference
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -26,8 +27,24 @@ _KINDS = {"rademacher": 0, "normal": 1}
 
 
 @dataclass(frozen=True)
+class Dual:
+    """The dual ops of one implementation, called as those of `fastsharp.ops.reference.dual`."""
+
+    activation_prepare: Callable[[str, dual_reference.Parameters, Tensor, Tensor | None, Tensor, Tensor | None], None]
+    activation_tangent: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+    activation_adjoint: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None], None]
+    norm_prepare: Callable[[Tensor, float, bool, Tensor], None]
+    norm_tangent: Callable[[dual_reference.Norm, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor], None]
+    norm_adjoint: Callable[
+        [dual_reference.Norm, Tensor | None, dual_reference.Second | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None], None
+    ]
+    softmax_gradient: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor | None, Tensor | None], None]
+    softmax_product: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
 class Backend:
-    """One implementation of every op, called as those of `fastsharp.ops.reference.krylov`, on checked tensors."""
+    """One implementation of every op, called as those of `fastsharp.ops.reference`, on checked tensors."""
 
     name: str
     device_types: tuple[str, ...]  # empty: all
@@ -36,6 +53,7 @@ class Backend:
     update: Callable[[Tensor, Tensor, Tensor, reference.Row | None, Tensor], None]
     combine: Callable[[Tensor, Tensor, Tensor], None]
     probes: Callable[[str, int, int, Tensor], None]
+    dual: Dual
 
     def takes(self, device: torch.device) -> bool:
         """True when tensors on this device can be handed to it."""
@@ -43,7 +61,10 @@ class Backend:
 
 
 _forced: ContextVar[Backend | None] = ContextVar("fastsharp_backend", default=None)
-_REFERENCE = Backend("reference", (), reference.alpha, reference.dots, reference.update, reference.combine, reference.probes)
+_REFERENCE = Backend(
+    "reference", (), reference.alpha, reference.dots, reference.update, reference.combine, reference.probes,
+    Dual(**{op: getattr(dual_reference, op) for op in Dual.__dataclass_fields__}),
+)  # fmt: skip
 
 
 @cache
@@ -102,6 +123,8 @@ def force(backend: str | Backend) -> Iterator[Backend]:
 
 def _native_backend(name: str, module: ModuleType) -> Backend:
     """The ops of a native module: addresses, sizes and strides go in, and a workspace for the partial sums."""
+    from fastsharp.ops import _native_dual  # which takes Dual from here
+
     place = _cpu_place if name == "cpu" else _cuda_place
     at, call = _border.address, _border.call
     kernels = {op: {d: getattr(module, f"{op}_{suffix}") for d, suffix in _SUFFIX.items()} for op in ("dots", "update", "combine")}
@@ -139,7 +162,7 @@ def _native_backend(name: str, module: ModuleType) -> Backend:
         b, n = out.shape
         call(kernels["probes"][out.dtype], _KINDS[kind], seed & 2**64 - 1, first, *_rows(out, 1), b, n, *place(out.device))
 
-    return Backend(name, (name,), alpha, dots, update, combine, probes)
+    return Backend(name, (name,), alpha, dots, update, combine, probes, _native_dual.ops(module, place))
 
 
 def _rows(t: Tensor | None, strides: int) -> tuple[int, ...]:
