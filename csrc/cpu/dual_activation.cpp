@@ -54,12 +54,26 @@ template <class F> void for_each_piece(Extent e, int threads, F f) {
     });
 }
 
+template <class T> bool dense(Extent e, Rows<T> m, bool stack) {
+    return m.data == nullptr || ((e.rows == 1 || m.row == e.columns) && (!stack || e.b == 1 || m.vector == e.rows * e.columns));
+}
+
+// Without a bias the columns mean nothing: dense rows are one long row, free of short ends.
+template <class T> Extent joined(Extent e, const void* bias, Rows<T> primal, Rows<T> second, Rows<T> t, Rows<T> t2, Rows<T> out) {
+    const bool whole = bias == nullptr && dense(e, primal, false) && dense(e, second, false) && dense(e, t, true) && dense(e, t2, true) &&
+                       dense(e, out, true);
+    return whole ? Extent{e.b, 1, e.rows * e.columns} : e;
+}
+
+template <class T> Rows<const T> read(Rows<T> m) { return {m.data, m.vector, m.row}; }
+
 } // namespace
 
 i64 activation_workspace(Extent e) { return RowTasks(e).count * e.b * e.columns; }
 
 template <class T>
-Status activation_prepare(Curve f, Extent e, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2, int threads) {
+Status activation_prepare(Curve f, Extent extent, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2, int threads) {
+    const Extent e = joined<const T>(extent, bias, x, read(d1), {}, {}, read(d2));
     const auto kernel = activation_kernels<T>().prepare;
     for_each_piece(e, threads, [=](i64, i64 r, i64 i, i64 n) noexcept {
         kernel(f, at(x, 0, r) + i, from(bias, i), at(d1, 0, r) + i, from(at(d2, 0, r), i), n);
@@ -68,7 +82,8 @@ Status activation_prepare(Curve f, Extent e, Rows<const T> x, const T* bias, Row
 }
 
 template <class T>
-Status activation_tangent(Extent e, Rows<const T> d1, Rows<const T> x_t, Columns<const T> bias_t, Rows<T> out, int threads) {
+Status activation_tangent(Extent extent, Rows<const T> d1, Rows<const T> x_t, Columns<const T> bias_t, Rows<T> out, int threads) {
+    const Extent e = joined<const T>(extent, bias_t.data, d1, {}, x_t, {}, read(out));
     const auto kernel = activation_kernels<T>().tangent;
     for_each_piece(e, threads, [=](i64, i64 r, i64 i, i64 n) noexcept {
         for (i64 k = 0; k < e.b; ++k)
@@ -78,8 +93,9 @@ Status activation_tangent(Extent e, Rows<const T> d1, Rows<const T> x_t, Columns
 }
 
 template <class T>
-Status activation_adjoint(Extent e, Rows<const T> d1, Rows<const T> y_gt, Rows<const T> q, Rows<const T> a_t, Rows<T> out,
+Status activation_adjoint(Extent extent, Rows<const T> d1, Rows<const T> y_gt, Rows<const T> q, Rows<const T> a_t, Rows<T> out,
                           Columns<T> bias_gt, double* work, int threads) {
+    const Extent e = joined<const T>(extent, bias_gt.data, d1, q, y_gt, a_t, read(out));
     const bool sums = bias_gt.data != nullptr;
     const auto kernel = activation_kernels<T>().adjoint[q.data != nullptr][sums];
     const i64 each = RowTasks(e).each;

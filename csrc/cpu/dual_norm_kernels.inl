@@ -52,15 +52,7 @@ template <class T> FS_TARGET void tangent_row(const NormRow<T>& f, const T* x_t,
 
 template <class T> FS_INLINE Wide weighted(const NormRow<T>& f, i64 i, Wide y) { return f.w == nullptr ? y : y * take(f.w, i, f.n); }
 
-FS_INLINE void add_to(double* sums, i64 i, i64 n, Wide x) {
-    if (n - i >= kWide) {
-        const Wide s = load<Wide>(sums + i) + x;
-        __builtin_memcpy(sums + i, &s, sizeof s);
-    } else {
-        for (i64 k = 0; k < n - i; ++k)
-            sums[i + k] += x[k];
-    }
-}
+FS_INLINE void add_to(double* sums, i64 i, i64 n, Wide x) { put(sums, i, n, take(sums, i, n) + x); }
 
 // Second: the row of y_g is there.
 template <bool Second, class T>

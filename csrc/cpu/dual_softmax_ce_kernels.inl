@@ -24,7 +24,7 @@ FS_TARGET void gradient_row(const T* z, i64 n, i64 target, double weight, double
     double m = low, S = 0;
     for (i64 start = 0; start < n; start += kBlock) {
         const i64 end = n - start < kBlock ? n : start + kBlock;
-        Wide top = all(low);
+        Wide top = Wide{} + low;
         for (i64 i = start; i < end; i += kWide) {
             const Wide x = only(take(z, i, end), end - i, low);
             top = choose(x > top, x, top);
@@ -34,7 +34,7 @@ FS_TARGET void gradient_row(const T* z, i64 n, i64 target, double weight, double
         if (m == low)
             continue;
         if (m > before)
-            S *= exponential(all(before - m))[0];
+            S *= exponential(Wide{} + (before - m))[0];
         Wide s{};
         for (i64 i = start; i < end; i += kWide)
             s += exponential(only(take(z, i, end), end - i, low) - m);
@@ -55,19 +55,12 @@ FS_TARGET void gradient_row(const T* z, i64 n, i64 target, double weight, double
 }
 
 template <class T> FS_TARGET void product_row(const T* p, const T* u, double weight, T* out, i64 n) {
-    Wide s0{}, s1{};
-    i64 i = 0;
-    for (; i + 2 * kWide <= n; i += 2 * kWide) {
-        s0 += widen(p + i) * widen(u + i);
-        s1 += widen(p + i + kWide) * widen(u + i + kWide);
-    }
-    double along = sum(s0 + s1);
-    for (; i < n; ++i)
-        along += one(p[i]) * one(u[i]);
-    for (i = 0; i + kWide <= n; i += kWide)
-        store(out + i, weight * widen(p + i) * (widen(u + i) - along));
-    for (; i < n; ++i)
-        store_one(out + i, weight * one(p[i]) * (one(u[i]) - along));
+    Wide s{};
+    for (i64 i = 0; i < n; i += kWide)
+        s += take(p, i, n) * take(u, i, n);
+    const double along = sum(s);
+    for (i64 i = 0; i < n; i += kWide)
+        put(out, i, n, weight * take(p, i, n) * (take(u, i, n) - along));
 }
 
 } // namespace
