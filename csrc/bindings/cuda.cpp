@@ -2,7 +2,6 @@
 #include <string>
 
 #include "check.hpp"
-#include "dual.hpp"
 #include "fastsharp/krylov.hpp"
 
 namespace fs = fastsharp;
@@ -62,62 +61,14 @@ template <class S, class T> void basis(pybind11::module_& m, const std::string& 
           Release());
 }
 
-template <class T> void duals(pybind11::module_& m, const std::string& t) {
-    namespace f = fs::bindings;
-    m.def(("activation_prepare_" + t).c_str(),
-          [](f::CurveOf curve, f::Sizes e, f::Matrix x, Address bias, f::Matrix d1, f::Matrix d2, int device, Address stream) {
-              check(k::activation_prepare<T>(f::curve(curve), f::extent(e), f::rows<const T>(x), at<const T>(bias), f::rows<T>(d1), f::rows<T>(d2), fs::cuda::kDualBlock, device, at<void>(stream)));
-          },
-          Release());
-    m.def(("activation_tangent_" + t).c_str(),
-          [](f::Sizes e, f::Matrix d1, f::Stack x_t, f::Vectors bias_t, f::Stack out, int device, Address stream) {
-              check(k::activation_tangent<T>(f::extent(e), f::rows<const T>(d1), f::stack<const T>(x_t), f::columns<const T>(bias_t), f::stack<T>(out), fs::cuda::kDualBlock, device, at<void>(stream)));
-          },
-          Release());
-    m.def(("activation_adjoint_" + t).c_str(),
-          [](f::Sizes e, f::Matrix d1, f::Stack y_gt, f::Matrix q, f::Stack a_t, f::Stack out, f::Vectors bias_gt, Address work, int device, Address stream) {
-              check(k::activation_adjoint<T>(f::extent(e), f::rows<const T>(d1), f::stack<const T>(y_gt), f::rows<const T>(q), f::stack<const T>(a_t), f::stack<T>(out), f::columns<T>(bias_gt), at<double>(work), fs::cuda::kDualBlock, device, at<void>(stream)));
-          },
-          Release());
-    m.def(("norm_prepare_" + t).c_str(),
-          [](f::Sizes e, f::Matrix x, double eps, bool center, Address stats, int device, Address stream) {
-              check(k::norm_prepare<T>(f::extent(e), f::rows<const T>(x), eps, center, at<double>(stats), fs::cuda::kDualBlock, device, at<void>(stream)));
-          },
-          Release());
-    m.def(("norm_tangent_" + t).c_str(),
-          [](f::Sizes e, f::NormOf norm, f::Stack x_t, f::Vectors w_t, f::Vectors bias_t, f::Stack out, Address sums, int device, Address stream) {
-              check(k::norm_tangent<T>(f::extent(e), f::norm<T>(norm), f::stack<const T>(x_t), f::columns<const T>(w_t), f::columns<const T>(bias_t), f::stack<T>(out), at<double>(sums), fs::cuda::kDualBlock, device, at<void>(stream)));
-          },
-          Release());
-    m.def(("norm_adjoint_" + t).c_str(),
-          [](f::Sizes e, f::NormOf norm, f::Stack y_gt, f::SecondOf second, f::Stack out, Address sums, f::Vectors w_gt, f::Vectors bias_gt, Address work, int device, Address stream) {
-              check(k::norm_adjoint<T>(f::extent(e), f::norm<T>(norm), f::stack<const T>(y_gt), f::second<T>(second), f::stack<T>(out), at<double>(sums), {f::columns<T>(w_gt), f::columns<T>(bias_gt)}, at<double>(work), fs::cuda::kDualBlock, device, at<void>(stream)));
-          },
-          Release());
-    m.def(("softmax_gradient_" + t).c_str(),
-          [](f::Sizes e, f::Matrix z, Address target, Address weight, double smoothing, f::Matrix p, f::Matrix g, int device, Address stream) {
-              check(k::softmax_gradient<T>(f::extent(e), f::rows<const T>(z), {at<const i64>(target), at<const T>(weight), smoothing}, f::rows<T>(p), f::rows<T>(g), fs::cuda::kDualBlock, device, at<void>(stream)));
-          },
-          Release());
-    m.def(("softmax_product_" + t).c_str(),
-          [](f::Sizes e, f::Matrix p, Address weight, f::Stack u, f::Stack out, int device, Address stream) {
-              check(k::softmax_product<T>(f::extent(e), f::rows<const T>(p), at<const T>(weight), f::stack<const T>(u), f::stack<T>(out), fs::cuda::kDualBlock, device, at<void>(stream)));
-          },
-          Release());
-}
-
 } // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     vectors<float>(m, "f32");
     vectors<double>(m, "f64");
-    duals<float>(m, "f32");
-    duals<double>(m, "f64");
     basis<float, float>(m, "f32");
     basis<double, double>(m, "f64");
     basis<fs::Half, float>(m, "f16");
     basis<fs::BFloat16, float>(m, "bf16");
     m.def("workspace_size", [](i64 E, i64 b, i64 n, i64 j) { return k::workspace_size(LaunchConfig::of(n), E, b, j); });
-    m.def("activation_workspace", [](fs::bindings::Sizes e) { return k::activation_workspace(fs::bindings::extent(e), k::kDualBlock); });
-    m.def("norm_workspace", [](fs::bindings::Sizes e) { return k::norm_workspace(fs::bindings::extent(e)); });
 }

@@ -162,7 +162,8 @@ def _native_backend(name: str, module: ModuleType) -> Backend:
         b, n = out.shape
         call(kernels["probes"][out.dtype], _KINDS[kind], seed & 2**64 - 1, first, *_rows(out, 1), b, n, *place(out.device))
 
-    return Backend(name, (name,), alpha, dots, update, combine, probes, _native_dual.ops(module, place))
+    dual = _native_dual.ops(module, place) if name == "cpu" else _REFERENCE.dual  # no CUDA kernels of these yet: torch's own
+    return Backend(name, (name,), alpha, dots, update, combine, probes, dual)
 
 
 def _rows(t: Tensor | None, strides: int) -> tuple[int, ...]:

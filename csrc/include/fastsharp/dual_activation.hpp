@@ -32,18 +32,4 @@ Status activation_adjoint(Extent e, Rows<const T> d1, Rows<const T> y_gt, Rows<c
 
 } // namespace cpu
 
-namespace cuda {
-
-i64 activation_workspace(Extent e, int block);
-template <class T>
-Status activation_prepare(Curve f, Extent e, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2, int block, int device, void* stream);
-template <class T>
-Status activation_tangent(Extent e, Rows<const T> d1, Rows<const T> x_t, Columns<const T> bias_t, Rows<T> out, int block, int device,
-                          void* stream);
-template <class T>
-Status activation_adjoint(Extent e, Rows<const T> d1, Rows<const T> y_gt, Rows<const T> q, Rows<const T> a_t, Rows<T> out,
-                          Columns<T> bias_gt, double* work, int block, int device, void* stream);
-
-} // namespace cuda
-
 } // namespace fastsharp

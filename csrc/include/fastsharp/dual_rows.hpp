@@ -21,10 +21,4 @@ template <class T> struct Columns {
     i64 vector = 0;
 };
 
-namespace cuda {
-
-constexpr int kDualBlock = 256; // threads of a block; tests use fewer
-
-} // namespace cuda
-
 } // namespace fastsharp

@@ -23,13 +23,4 @@ template <class T> Status softmax_product(Extent e, Rows<const T> p, const T* we
 
 } // namespace cpu
 
-namespace cuda {
-
-template <class T>
-Status softmax_gradient(Extent e, Rows<const T> z, const CrossEntropy<T>& loss, Rows<T> p, Rows<T> g, int block, int device, void* stream);
-template <class T>
-Status softmax_product(Extent e, Rows<const T> p, const T* weight, Rows<const T> u, Rows<T> out, int block, int device, void* stream);
-
-} // namespace cuda
-
 } // namespace fastsharp
