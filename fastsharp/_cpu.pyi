@@ -91,7 +91,9 @@ def activation_prepare_f32(
     d2: tuple[int, ...],
     threads: int,
 ) -> None: ...
-def activation_tangent_f32(sizes: tuple[int, ...], d1: tuple[int, ...], x_t: tuple[int, ...], bias_t: tuple[int, ...], out: tuple[int, ...], threads: int) -> None: ...
+def activation_tangent_f32(
+    sizes: tuple[int, ...], d1: tuple[int, ...], x_t: tuple[int, ...], bias_t: tuple[int, ...], out: tuple[int, ...], threads: int
+) -> None: ...
 def activation_adjoint_f32(
     sizes: tuple[int, ...],
     d1: tuple[int, ...],
@@ -136,7 +138,9 @@ def softmax_gradient_f32(
     g: tuple[int, ...],
     threads: int,
 ) -> None: ...
-def softmax_product_f32(sizes: tuple[int, ...], p: tuple[int, ...], weight: int, u: tuple[int, ...], out: tuple[int, ...], threads: int) -> None: ...
+def softmax_product_f32(
+    sizes: tuple[int, ...], p: tuple[int, ...], weight: int, u: tuple[int, ...], out: tuple[int, ...], threads: int
+) -> None: ...
 
 activation_prepare_f64 = activation_prepare_f32
 activation_tangent_f64 = activation_tangent_f32

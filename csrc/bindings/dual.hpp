@@ -9,9 +9,9 @@
 
 namespace fastsharp::bindings {
 
-using Matrix = std::tuple<Address, i64>;       // address, row stride
-using Stack = std::tuple<Address, i64, i64>;   // address, vector stride, row stride
-using Vectors = std::tuple<Address, i64>;      // address, vector stride
+using Matrix = std::tuple<Address, i64>;     // address, row stride
+using Stack = std::tuple<Address, i64, i64>; // address, vector stride, row stride
+using Vectors = std::tuple<Address, i64>;    // address, vector stride
 
 inline Extent extent(std::tuple<i64, i64, i64> e) { return {std::get<0>(e), std::get<1>(e), std::get<2>(e)}; }
 template <class T> Rows<T> rows(Matrix m) { return {at<T>(std::get<0>(m)), 0, std::get<1>(m)}; }

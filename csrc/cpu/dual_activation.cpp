@@ -71,8 +71,7 @@ template <class T> Rows<const T> read(Rows<T> m) { return {m.data, m.vector, m.r
 
 i64 activation_workspace(Extent e) { return RowTasks(e).count * e.b * e.columns; }
 
-template <class T>
-Status activation_prepare(Curve f, Extent extent, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2, int threads) {
+template <class T> Status activation_prepare(Curve f, Extent extent, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2, int threads) {
     const Extent e = joined<const T>(extent, bias, x, read(d1), {}, {}, read(d2));
     const auto kernel = activation_kernels<T>().prepare;
     for_each_piece(e, threads, [=](i64, i64 r, i64 i, i64 n) noexcept {
@@ -92,9 +91,8 @@ Status activation_tangent(Extent extent, Rows<const T> d1, Rows<const T> x_t, Co
     return {"activation_tangent"};
 }
 
-template <class T>
-Status activation_adjoint(Extent extent, Rows<const T> d1, Rows<const T> y_gt, Rows<const T> q, Rows<const T> a_t, Rows<T> out,
-                          Columns<T> bias_gt, double* work, int threads) {
+template <class T> Status activation_adjoint(Extent extent, Rows<const T> d1, Rows<const T> y_gt, Rows<const T> q, Rows<const T> a_t,
+                                             Rows<T> out, Columns<T> bias_gt, double* work, int threads) {
     const Extent e = joined<const T>(extent, bias_gt.data, d1, q, y_gt, a_t, read(out));
     const bool sums = bias_gt.data != nullptr;
     const auto kernel = activation_kernels<T>().adjoint[q.data != nullptr][sums];
@@ -116,7 +114,8 @@ Status activation_adjoint(Extent extent, Rows<const T> d1, Rows<const T> y_gt, R
 #define FS_INSTANTIATE(T)                                                                                                                  \
     template Status activation_prepare<T>(Curve, Extent, Rows<const T>, const T*, Rows<T>, Rows<T>, int);                                  \
     template Status activation_tangent<T>(Extent, Rows<const T>, Rows<const T>, Columns<const T>, Rows<T>, int);                           \
-    template Status activation_adjoint<T>(Extent, Rows<const T>, Rows<const T>, Rows<const T>, Rows<const T>, Rows<T>, Columns<T>, double*, int);
+    template Status activation_adjoint<T>(Extent, Rows<const T>, Rows<const T>, Rows<const T>, Rows<const T>, Rows<T>, Columns<T>,         \
+                                          double*, int);
 FS_INSTANTIATE(float)
 FS_INSTANTIATE(double)
 #undef FS_INSTANTIATE

@@ -107,9 +107,9 @@ FS_TARGET void adjoint_row(const T* d1, const T* y_gt, const T* q, const T* a_t,
 
 } // namespace
 
-template <class T>
-inline constexpr ActivationKernels<T> kActivation{
-    prepare_row<T>, tangent_row<T>, {{adjoint_row<false, false, T>, adjoint_row<false, true, T>},
-                                     {adjoint_row<true, false, T>, adjoint_row<true, true, T>}}};
+template <class T> inline constexpr ActivationKernels<T> kActivation{
+    prepare_row<T>,
+    tangent_row<T>,
+    {{adjoint_row<false, false, T>, adjoint_row<false, true, T>}, {adjoint_row<true, false, T>, adjoint_row<true, true, T>}}};
 
 } // namespace fastsharp::cpu::FS_LEVEL

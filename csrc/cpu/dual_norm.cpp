@@ -69,9 +69,8 @@ template <class T> Status norm_prepare(Extent e, Rows<const T> x, double eps, bo
     return {"norm_prepare"};
 }
 
-template <class T>
-Status norm_tangent(Extent e, const Norm<T>& f, Rows<const T> x_t, Columns<const T> w_t, Columns<const T> bias_t, Rows<T> out, double* sums,
-                    int threads) {
+template <class T> Status norm_tangent(Extent e, const Norm<T>& f, Rows<const T> x_t, Columns<const T> w_t, Columns<const T> bias_t,
+                                       Rows<T> out, double* sums, int threads) {
     const auto kernel = norm_kernels<T>().tangent;
     for_each_row(e, threads, [=](i64, i64 r) noexcept {
         const NormRow<T> row = row_of(f, e, r);
@@ -81,9 +80,8 @@ Status norm_tangent(Extent e, const Norm<T>& f, Rows<const T> x_t, Columns<const
     return {"norm_tangent"};
 }
 
-template <class T>
-Status norm_adjoint(Extent e, const Norm<T>& f, Rows<const T> y_gt, const NormSecond<T>& second, Rows<T> out, double* sums,
-                    NormGradients<T> gradients, double* work, int threads) {
+template <class T> Status norm_adjoint(Extent e, const Norm<T>& f, Rows<const T> y_gt, const NormSecond<T>& second, Rows<T> out,
+                                       double* sums, NormGradients<T> gradients, double* work, int threads) {
     const auto kernel = norm_kernels<T>().adjoint[second.y_g.data != nullptr];
     const bool w_too = gradients.w.data != nullptr, bias_too = gradients.bias.data != nullptr;
     const i64 each = RowTasks(e).each;

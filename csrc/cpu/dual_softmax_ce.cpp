@@ -45,8 +45,7 @@ template <class T> void clear(T* p, i64 n) {
 
 } // namespace
 
-template <class T>
-Status softmax_gradient(Extent e, Rows<const T> z, const CrossEntropy<T>& loss, Rows<T> p, Rows<T> g, int threads) {
+template <class T> Status softmax_gradient(Extent e, Rows<const T> z, const CrossEntropy<T>& loss, Rows<T> p, Rows<T> g, int threads) {
     const auto kernel = softmax_kernels<T>().gradient;
     for_each_row(e, threads, [=](i64, i64 r) noexcept {
         const double weight = loss.weight == nullptr ? 1 : static_cast<double>(loss.weight[r]);

@@ -18,8 +18,7 @@ FS_INLINE double largest(Wide x, double least) {
 }
 
 // p = e^(z - m) / S with m and S found in one sweep: where a block raises m, S is scaled down.
-template <class T>
-FS_TARGET void gradient_row(const T* z, i64 n, i64 target, double weight, double smoothing, T* p, T* g) {
+template <class T> FS_TARGET void gradient_row(const T* z, i64 n, i64 target, double weight, double smoothing, T* p, T* g) {
     const double low = -__builtin_huge_val();
     double m = low, S = 0;
     for (i64 start = 0; start < n; start += kBlock) {

@@ -6,8 +6,8 @@
 
 namespace fastsharp::cpu {
 
-constexpr i64 kTask = 8192;     // elements of one matrix, at least
-constexpr i64 kRowTasks = 128;  // at most: their partial sums stay few
+constexpr i64 kTask = 8192;      // elements of one matrix, at least
+constexpr i64 kRowTasks = 128;   // at most: their partial sums stay few
 constexpr i64 kSerial = 1 << 14; // elements below which waking other threads costs more than it gains
 
 struct RowTasks {
@@ -36,8 +36,7 @@ template <class F> void for_each_row(Extent e, int threads, F f) {
 }
 
 // out_k += the sum over tasks of partial (tasks, b, width), of which entries [first, first + columns) are meant.
-template <class T>
-void add_partials(Extent e, const double* partial, i64 width, i64 first, Columns<T> out, int threads) {
+template <class T> void add_partials(Extent e, const double* partial, i64 width, i64 first, Columns<T> out, int threads) {
     if (out.data == nullptr)
         return;
     const i64 count = RowTasks(e).count;

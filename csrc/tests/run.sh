@@ -31,7 +31,7 @@ declare -A level=([asan]=-O0 [tsan]=-O1) # of the CPU kernels
 started=()
 start() { limit; compile "$@" & started+=($!); }
 for kind in asan tsan; do
-    for source in "$csrc"/cpu/*.cpp "$here/test_krylov_cpu.cpp"; do
+    for source in "$csrc"/cpu/*.cpp "$here"/test_{krylov,dual}_cpu.cpp; do
         start $kind ${level[$kind]} -c "$source" -o "objects/cpu_$(basename "$source" .cpp).$kind.o"
     done
     for source in "$csrc"/cuda/*.cu; do start $kind -O0 -x c++ -c "$source" -o "objects/cuda_$(basename "$source" .cu).$kind.o"; done
@@ -41,7 +41,9 @@ for kind in asan tsan; do
 done
 for job in "${started[@]}"; do wait "$job" || { echo "FAILED: a test does not compile"; exit 1; }; done
 for kind in asan tsan; do
-    compile $kind objects/cpu_*.$kind.o -o programs/test_krylov_cpu.$kind -ldl
+    kernels=$(printf '%s\n' objects/cpu_*.$kind.o | grep -v "/cpu_test_")
+    # shellcheck disable=SC2086
+    for test in krylov dual; do compile $kind $kernels objects/cpu_test_${test}_cpu.$kind.o -o programs/test_${test}_cpu.$kind -ldl; done
     compile $kind objects/cuda_*.$kind.o -o programs/test_krylov_cuda_host.$kind
 done
 
@@ -89,6 +91,7 @@ mutant() { # what, expected text, kind, unit, file, sed script
 for kind in tsan asan; do
     result pass $kind test_krylov_cuda_host
     result pass $kind test_krylov_cpu
+    result pass $kind test_dual_cpu
     result pass $kind planted sound
     result pass $kind planted early_return
 done

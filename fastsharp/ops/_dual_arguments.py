@@ -154,7 +154,7 @@ def check_norm_second(op: str, f: Norm, y_gt: Any, second: Second | None) -> Ten
         if second.x_t is not None:
             check_like(op, "second.x_t", second.x_t, (like.shape[0], *f.x.shape), f.x)
         check_columns(op, "second.w_t", second.w_t, like, f.x)
-    return like  # type: ignore[no-any-return]  # checked to be a Tensor above
+    return like
 
 
 def check_row_weights(op: str, weight: Any, p: Tensor) -> None:

@@ -27,12 +27,25 @@ def ops(module: ModuleType, place: Place) -> Dual:
     def activation_prepare(kind: str, parameters: Parameters, x: Tensor, bias: Tensor | None, d1: Tensor, d2: Tensor | None) -> None:
         curve = (_KINDS[kind], *parameters)
         call(
-            kernels["activation_prepare"][x.dtype], curve, (1, *x.shape), _at(x, 1), _address(bias), _at(d1, 1), _at(d2, 1), *place(x.device)
+            kernels["activation_prepare"][x.dtype],
+            curve,
+            (1, *x.shape),
+            _at(x, 1),
+            _address(bias),
+            _at(d1, 1),
+            _at(d2, 1),
+            *place(x.device),
         )
 
     def activation_tangent(d1: Tensor, x_t: Tensor, bias_t: Tensor | None, out: Tensor) -> None:
         call(
-            kernels["activation_tangent"][d1.dtype], tuple(x_t.shape), _at(d1, 1), _at(x_t, 2), _at(bias_t, 1), _at(out, 2), *place(d1.device)
+            kernels["activation_tangent"][d1.dtype],
+            tuple(x_t.shape),
+            _at(d1, 1),
+            _at(x_t, 2),
+            _at(bias_t, 1),
+            _at(out, 2),
+            *place(d1.device),
         )
 
     def activation_adjoint(d1: Tensor, y_gt: Tensor, q: Tensor | None, a_t: Tensor | None, out: Tensor, bias_gt: Tensor | None) -> None:
@@ -74,7 +87,14 @@ def ops(module: ModuleType, place: Place) -> Dual:
         call(kernels["softmax_product"][p.dtype], tuple(u.shape), _at(p, 1), _address(weight), _at(u, 2), _at(out, 2), *place(p.device))
 
     return Dual(
-        activation_prepare, activation_tangent, activation_adjoint, norm_prepare, norm_tangent, norm_adjoint, softmax_gradient, softmax_product
+        activation_prepare,
+        activation_tangent,
+        activation_adjoint,
+        norm_prepare,
+        norm_tangent,
+        norm_adjoint,
+        softmax_gradient,
+        softmax_product,
     )
 
 

@@ -120,7 +120,12 @@ def check_norm(center: bool, b: int, rows: int, columns: int, dtype: torch.dtype
     """Tangent, adjoint, tangent of the adjoint and of the gradients of weight and bias, against double backward."""
     epsilon = 1e-2 if columns < 4 else 1e-5
     make = Rooms(dtype, device)
-    x, y_g, w, bias = make.place(make.normal(rows, columns).double() + mean), make.normal(rows, columns), make.normal(columns), make.normal(columns)
+    x, y_g, w, bias = (
+        make.place(make.normal(rows, columns).double() + mean),
+        make.normal(rows, columns),
+        make.normal(columns),
+        make.normal(columns),
+    )
     x_t, y_gt, w_t, bias_t = (make.normal(*s) for s in ((b, rows, columns), (b, rows, columns), (b, columns), (b, columns)))
     w_gt, bias_gt = make.normal(b, columns), make.normal(b, columns)
     before = w_gt.double().clone(), bias_gt.double().clone()
@@ -157,7 +162,12 @@ def check_norm(center: bool, b: int, rows: int, columns: int, dtype: torch.dtype
 def check_softmax(b: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device, scale: float = 3.0) -> None:
     """Probabilities, gradient and Hessian product of the weighted cross-entropy with an ignored row, against double backward."""
     make = Rooms(dtype, device)
-    z, u, p, g, out = (make.normal(rows, columns), make.normal(b, rows, columns), *(make.empty(rows, columns) for _ in range(2)), make.empty(b, rows, columns))
+    z, u, p, g, out = (
+        make.normal(rows, columns),
+        make.normal(b, rows, columns),
+        *(make.empty(rows, columns) for _ in range(2)),
+        make.empty(b, rows, columns),
+    )
     z.mul_(scale)
     weight = torch.linspace(0.5, 2, rows, dtype=dtype, device=device)
     target = torch.arange(rows, device=device) * 5 % columns

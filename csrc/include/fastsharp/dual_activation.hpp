@@ -22,13 +22,11 @@ struct Curve {
 namespace cpu {
 
 i64 activation_workspace(Extent e);
-template <class T>
-Status activation_prepare(Curve f, Extent e, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2, int threads);
+template <class T> Status activation_prepare(Curve f, Extent e, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2, int threads);
 template <class T>
 Status activation_tangent(Extent e, Rows<const T> d1, Rows<const T> x_t, Columns<const T> bias_t, Rows<T> out, int threads);
-template <class T>
-Status activation_adjoint(Extent e, Rows<const T> d1, Rows<const T> y_gt, Rows<const T> q, Rows<const T> a_t, Rows<T> out,
-                          Columns<T> bias_gt, double* work, int threads);
+template <class T> Status activation_adjoint(Extent e, Rows<const T> d1, Rows<const T> y_gt, Rows<const T> q, Rows<const T> a_t,
+                                             Rows<T> out, Columns<T> bias_gt, double* work, int threads);
 
 } // namespace cpu
 

@@ -38,12 +38,10 @@ namespace cpu {
 
 i64 norm_workspace(Extent e);
 template <class T> Status norm_prepare(Extent e, Rows<const T> x, double eps, bool center, double* stats, int threads);
-template <class T>
-Status norm_tangent(Extent e, const Norm<T>& f, Rows<const T> x_t, Columns<const T> w_t, Columns<const T> bias_t, Rows<T> out, double* sums,
-                    int threads);
-template <class T>
-Status norm_adjoint(Extent e, const Norm<T>& f, Rows<const T> y_gt, const NormSecond<T>& second, Rows<T> out, double* sums,
-                    NormGradients<T> gradients, double* work, int threads);
+template <class T> Status norm_tangent(Extent e, const Norm<T>& f, Rows<const T> x_t, Columns<const T> w_t, Columns<const T> bias_t,
+                                       Rows<T> out, double* sums, int threads);
+template <class T> Status norm_adjoint(Extent e, const Norm<T>& f, Rows<const T> y_gt, const NormSecond<T>& second, Rows<T> out,
+                                       double* sums, NormGradients<T> gradients, double* work, int threads);
 
 } // namespace cpu
 

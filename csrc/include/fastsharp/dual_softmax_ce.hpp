@@ -17,8 +17,7 @@ template <class T> struct CrossEntropy {
 
 namespace cpu {
 
-template <class T>
-Status softmax_gradient(Extent e, Rows<const T> z, const CrossEntropy<T>& loss, Rows<T> p, Rows<T> g, int threads);
+template <class T> Status softmax_gradient(Extent e, Rows<const T> z, const CrossEntropy<T>& loss, Rows<T> p, Rows<T> g, int threads);
 template <class T> Status softmax_product(Extent e, Rows<const T> p, const T* weight, Rows<const T> u, Rows<T> out, int threads);
 
 } // namespace cpu

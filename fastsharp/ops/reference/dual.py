@@ -81,7 +81,13 @@ def norm_tangent(f: Norm, x_t: Tensor | None, w_t: Tensor | None, bias_t: Tensor
 
 
 def norm_adjoint(
-    f: Norm, y_gt: Tensor | None, second: Second | None, out: Tensor | None, sums: Tensor | None, w_gt: Tensor | None, bias_gt: Tensor | None
+    f: Norm,
+    y_gt: Tensor | None,
+    second: Second | None,
+    out: Tensor | None,
+    sums: Tensor | None,
+    w_gt: Tensor | None,
+    bias_gt: Tensor | None,
 ) -> None:
     """out = r P g_t - r^2 s_1 P g - r (h_t mean(h g) + h mean(h_t g)); sums = (mean(g_t), mean(h g_t)); gradients are added to."""
     h, r = _normalised(f), f.stats[:, 1:]
@@ -110,9 +116,7 @@ def norm_adjoint(
         out.copy_(x_gt)
 
 
-def softmax_gradient(
-    z: Tensor, target: Tensor | None, weight: Tensor | None, smoothing: float, p: Tensor | None, g: Tensor | None
-) -> None:
+def softmax_gradient(z: Tensor, target: Tensor | None, weight: Tensor | None, smoothing: float, p: Tensor | None, g: Tensor | None) -> None:
     """p = softmax(z); g = weight (p - (1 - smoothing) e_target - smoothing / columns); rows of weight zero are zero."""
     dead = None if weight is None else (weight == 0)[:, None]
     x = torch.softmax(z.double(), 1)
@@ -160,10 +164,10 @@ def _derivatives(kind: str, parameters: Parameters, a: Tensor) -> tuple[Tensor, 
         density = torch.exp(-a * a / 2) / math.sqrt(2 * math.pi)
         return torch.special.ndtr(a) + a * density, density * (2 - a * a)
     if kind == "gelu_tanh":
-        s, k = math.sqrt(2 / math.pi), 0.044715
-        v, u1 = 2 * s * (a + k * a**3), s * (1 + 3 * k * a * a)
+        c, k = math.sqrt(2 / math.pi), 0.044715
+        v, u1 = 2 * c * (a + k * a**3), c * (1 + 3 * k * a * a)
         t, steep = torch.tanh(v / 2), 4 * torch.sigmoid(v) * torch.sigmoid(-v)
-        t1, t2 = steep * u1, steep * (6 * s * k * a - 2 * t * u1 * u1)
+        t1, t2 = steep * u1, steep * (6 * c * k * a - 2 * t * u1 * u1)
         return (1 + t + a * t1) / 2, t1 + a * t2 / 2
     if kind == "tanh":
         steep = 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)
