@@ -9,9 +9,9 @@ columns); the last dimension contiguous, the others with any stride that keeps r
 `out` may be one of the tangents that are read, the very same tensor; otherwise nothing written may overlap what is read. None stands
 for a tangent of zero, or for a result that is not wanted. Gradients of weights and biases are added to what is there.
 
-Note on numerical properties. The native backends compute norms and softmax in float64 between load and store and round each result once;
+Note on numerical properties. The CPU kernels compute norms and softmax in float64 between load and store and round each result once;
 activations take their products in the dtype of the tensors, as torch does. Sums over rows run in float64, in an order fixed by the
-sizes: every result is bitwise repeatable and, on the CPU, independent of the thread count.
+sizes: every result is bitwise repeatable and, on the CPU, independent of the thread count. On a GPU the reference runs.
 """
 
 from __future__ import annotations
