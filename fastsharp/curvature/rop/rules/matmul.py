@@ -35,11 +35,11 @@ def gather(out: Tensor | None, left: Tensor, right: Tensor, b: int, alpha: float
         out, beta = left.new_empty(*left.shape[:-1], right.shape[-1]), 0.0
     if dims == 2 and b > 1:
         return out.baddbmm_(left, right, beta=beta, alpha=alpha)
-    for o, l, r in zip(out, left, right, strict=True):
+    for o, one, other in zip(out, left, right, strict=True):
         if dims == 2:
-            o.addmm_(l, r, beta=beta, alpha=alpha)
+            o.addmm_(one, other, beta=beta, alpha=alpha)
         else:
-            o.baddbmm_(l, r, beta=beta, alpha=alpha)
+            o.baddbmm_(one, other, beta=beta, alpha=alpha)
     return out
 
 
@@ -227,5 +227,3 @@ class Linear(Part):
         if self.on[2] and g_t is not None:
             out[2] = broadcast_sum(g_t, g_t.shape[2:], 1.0, into[2])
         return out
-
-

@@ -294,7 +294,11 @@ class Scattered(Part):
 
 @rule(aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
 def scattered(call: Call) -> Part | None:
-    packets = {aten.slice_scatter.default: aten.slice, aten.select_scatter.default: aten.select, aten.diagonal_scatter.default: aten.diagonal}
+    packets = {
+        aten.slice_scatter.default: aten.slice,
+        aten.select_scatter.default: aten.select,
+        aten.diagonal_scatter.default: aten.diagonal,
+    }
     window = window_of(packets[call.func], call, 2)
     return None if window is None else Scattered(call, window)
 
@@ -313,7 +317,9 @@ def copy(call: Call) -> Part | None:
     )
 
 
-def _twice(func: Callable[..., torch.Tensor], *args: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+def _twice(
+    func: Callable[..., torch.Tensor], *args: Any
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
     return (lambda t: func(t, *args)), (lambda g: func(g, *args))
 
 
