@@ -1,1 +1,7 @@
-"""One rule per ATen call; importing this package fills the table."""
+"""The rules, one file per family of ATen calls; importing this package fills `rule.RULES`."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
