@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
+from fastsharp.api.resume import recorded
 from fastsharp.api.subject import checked, operator_of
 from fastsharp.krylov.slq import check_arguments
 from fastsharp.krylov.slq import density as krylov_density
@@ -33,6 +35,7 @@ def density(
     progress: bool | None = None,
     strict_data: bool = False,
     preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
 ) -> Density:
     """(1/n) sum_i delta(lambda_i) as nodes and weights: the spectral density by stochastic Lanczos quadrature.
 
@@ -41,7 +44,7 @@ def density(
 
     model      an nn.Module, evaluated as it stands and left as it was; or, without a loader, a SymmetricOperator, a square
                tensor, a scipy LinearOperator or `(callable, n)`
-    loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, strict_data, preflight   as in `fastsharp.lanczos`
+    loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, strict_data, preflight, resume   as in `fastsharp.lanczos`
     probes     random vectors; all share each pass over the data. More of them lower the sampling noise like 1/sqrt(probes n)
     steps      products a probe: the resolution, about the range of the spectrum / steps, finer at its ends
     kind       "normal" or "rademacher"; the bounds hold for normal probes alone, whatever the matrix
@@ -71,5 +74,6 @@ def density(
     check_arguments(matrix.n, **arguments)  # before the preflight spends products
     check = checked(matrix, preflight=preflight, strict_data=strict_data, seed=seed)
     shown = Progress(progress)
-    with shown, torch.inference_mode(False), torch.no_grad():  # vectors that outlive the caller's inference mode
-        return krylov_density(matrix, check=check, on_step=shown.on_step, **arguments)
+    logged = recorded(matrix, resume, "density", arguments, may_change=("steps",))
+    with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
+        return krylov_density(A, check=check, on_step=shown.on_step, **arguments)
