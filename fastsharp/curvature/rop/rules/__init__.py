@@ -1,1 +1,7 @@
 """One rule per ATen call; importing this package fills the table."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
