@@ -9,7 +9,7 @@ of it are read again (as_strided). Numbers that a write would destroy and the ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -67,13 +67,13 @@ class _Schema(NamedTuple):
     turns: bool  # changes the shape or strides of its argument, not its numbers
 
 
-@lru_cache(maxsize=None)
+@cache
 def _schema(func: Any) -> _Schema:
     written = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     return _Schema(tuple(written), torch.Tag.nondeterministic_seeded in func.tags, torch.Tag.inplace_view in func.tags)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _functional(func: Any) -> Any:
     """The overload that computes what this one writes into its first argument, None where there is none."""
     name, overload = func._schema.name.split("::")[1], func._overloadname

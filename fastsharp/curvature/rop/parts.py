@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .rule import Call, Part, Tangents
+from fastsharp.curvature.rop.rule import Call, Part, Tangents
 
 Factor = torch.Tensor | float
 

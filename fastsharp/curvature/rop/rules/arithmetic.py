@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..parts import Constant, Factor, Pointwise, lift, sum_to
-from ..rule import Call, Part, rule
+from fastsharp.curvature.rop.parts import Constant, Factor, Pointwise, lift, sum_to
+from fastsharp.curvature.rop.rule import Call, Part, rule
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..parts import Constant, Layout, Linear, lift, sum_to
-from ..rule import Call, Part, Tangents, rule
-from .views import dim_of
+from fastsharp.curvature.rop.parts import Constant, Layout, Linear, lift, sum_to
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rules.views import dim_of
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..parts import Constant, Layout, Linear, lift, sum_to
-from ..rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.parts import Constant, Layout, Linear, lift, sum_to
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
 
 aten = torch.ops.aten
 
