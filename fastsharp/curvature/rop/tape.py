@@ -106,9 +106,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook):
             raise Unrecorded("a hook on the gradient of a tensor")
-        if func in _RECURRENT:
-            with torch.backends.mkldnn.flags(enabled=False):
+        if func in _RECURRENT and torch.backends.mkldnn.enabled:
+            torch._C._set_mkldnn_enabled(False)
+            try:
                 return func(*args, **(kwargs or {}))
+            finally:
+                torch._C._set_mkldnn_enabled(True)
         return func(*args, **(kwargs or {}))
 
 
