@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 import fastsharp.curvature.rop.rules  # noqa: F401
 from fastsharp.curvature.rop.rule import RULES, Call, Part
@@ -29,7 +29,7 @@ def check_rule(func: Any, *args: Any, active: Sequence[int] | None = None, b: in
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     call, part = part_of(func, *args, active=active, **kwargs)
     on = [i for i, a in enumerate(call.active) if a]

@@ -1,0 +1,229 @@
+"""Products of matrices: y = beta c + alpha A B, and the linear layer y = x W' + c.
+
+Both are bilinear, so with A, B and c active
+    y_t  = beta c_t + alpha (A_t B + A B_t)
+    A_gt = alpha (y_gt B' + y_g B_t')
+    B_gt = alpha (A' y_gt + A_t' y_g)
+    c_gt = beta sum y_gt, over the dimensions along which c was broadcast
+and each sum of two products is one product and a second that accumulates on it, in the flat result where there is a place for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..rule import Call, Part, Tangents, rule
+
+aten = torch.ops.aten
+
+Tensor = torch.Tensor
+
+
+def gather(out: Tensor | None, left: Tensor, right: Tensor, b: int, alpha: float = 1.0) -> Tensor:
+    """out += alpha left right for b matrices, or stacks of matrices; an operand without the leading b is the same for all of them.
+
+    `out` None is zero. The result is `out` itself where it is given.
+    """
+    dims = max(2, min(left.dim(), right.dim()))
+    left, right = (t if t.dim() > dims else t.expand(b, *t.shape) for t in (left, right))
+    if out is None and alpha == 1.0 and dims == 2 and right.stride(0) == 0 and left.is_contiguous():
+        return torch.mm(left.flatten(0, 1), right[0]).unflatten(0, (b, -1))
+    beta = 1.0
+    if out is None:
+        out, beta = left.new_empty(*left.shape[:-1], right.shape[-1]), 0.0
+    if dims == 2 and b > 1:
+        return out.baddbmm_(left, right, beta=beta, alpha=alpha)
+    for o, one, other in zip(out, left, right, strict=True):
+        if dims == 2:
+            o.addmm_(one, other, beta=beta, alpha=alpha)
+        else:
+            o.baddbmm_(one, other, beta=beta, alpha=alpha)
+    return out
+
+
+def broadcast_sum(y: Tensor, shape: torch.Size, scale: float, into: Tensor | None) -> Tensor | None:
+    """scale * sum of y (b, ...) over the dimensions along which `shape` was broadcast; added to `into` where that is given."""
+    lead = y.dim() - 1 - len(shape)
+    over = [*range(1, 1 + lead), *(1 + lead + i for i, n in enumerate(shape) if n == 1 and y.shape[1 + lead + i] != 1)]
+    if over:
+        y = y.sum(over, keepdim=True).reshape(y.shape[0], *shape)
+    if into is not None:
+        into.add_(y, alpha=scale)
+        return None
+    return y if scale == 1.0 else y * scale
+
+
+def place(y: Tensor, into: Tensor | None) -> Tensor | None:
+    """y, or None once it has been added to its place in the flat result."""
+    if into is None:
+        return y
+    into.add_(y)
+    return None
+
+
+class Product(Part):
+    """y = beta c + alpha A B for matrices or stacks of them; a vector takes part as a matrix of one row or column."""
+
+    def __init__(self, call: Call, c: int | None, beta: float, alpha: float, row: bool = False, column: bool = False) -> None:
+        first = 0 if c is None else 1
+        self.beta, self.alpha = beta, alpha
+        self.c_shape = None if c is None or not call.active[0] else call.inputs[0].shape
+        self.on = call.active[first : first + 2]
+        self.row, self.column, self.first = row, column, first
+        self.y_dim = call.outputs[0].dim()
+        self.second_order = all(self.on)
+        a, b = call.inputs[first : first + 2]
+        # each factor is needed by the tangent and the adjoint of the other
+        self.A = self._matrix(a, row, False) if self.on[1] else None
+        self.B = self._matrix(b, False, column) if self.on[0] else None
+        self.shape = call.outputs[0].shape
+
+    @staticmethod
+    def _matrix(t: Tensor, row: bool, column: bool) -> Tensor:
+        return t.unsqueeze(-2) if row else t.unsqueeze(-1) if column else t
+
+    def _lift(self, y: Tensor) -> Tensor:
+        y = y.unsqueeze(-1) if self.column else y
+        return y.unsqueeze(-2) if self.row else y
+
+    def tangent(self, x_t: Tangents) -> tuple[list[Tensor | None], Any]:
+        c_t = x_t[0] if self.first else None
+        A_t, B_t = (
+            None if t is None else self._matrix(t, self.row and i == 0, self.column and i == 1)
+            for i, t in enumerate(x_t[self.first : self.first + 2])
+        )
+        b = next(len(t) for t in x_t if t is not None)
+        y: Tensor | None = None
+        if c_t is not None:
+            lead = len(self.shape) - (c_t.dim() - 1)
+            c_t = c_t.reshape(b, *(1,) * lead, *c_t.shape[1:]).expand(b, *self.shape)
+            y = self._lift(c_t * self.beta)
+        if A_t is not None and self.B is not None:
+            y = gather(y, A_t, self.B, b, self.alpha)
+        if B_t is not None and self.A is not None:
+            y = gather(y, self.A, B_t, b, self.alpha)
+        assert y is not None
+        y = y.squeeze(-1) if self.column else y
+        return [y.squeeze(-1 if self.row and self.column else -2) if self.row else y], (A_t, B_t)
+
+    def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[Tensor | None]:
+        g_t = y_gt[0]
+        into = into or (None,) * (self.first + 2)
+        out: list[Tensor | None] = [None] * (self.first + 2)
+        A_t, B_t = kept or (None, None)
+        g = self._lift(self.y_g[0]) if kept is not None and self.second_order and self.y_g[0] is not None else None
+        if g_t is not None:
+            if self.c_shape is not None:
+                out[0] = broadcast_sum(g_t, self.c_shape, self.beta, into[0])
+            g_t = self._lift(g_t)
+        for i in range(2):
+            if not self.on[i]:
+                continue
+            other, other_t = (self.B, B_t) if i == 0 else (self.A, A_t)
+            flat = into[self.first + i]
+            as_column, as_row = self.column and i == 1, self.row and i == 0
+            total = None if flat is None else self._matrix(flat, as_row, as_column)
+            for adjoint, factor in ((g_t, other), (g, other_t)):
+                if adjoint is None or factor is None:
+                    continue
+                b = len(g_t) if g_t is not None else len(factor)
+                left, right = (adjoint, factor.mT) if i == 0 else (factor.mT, adjoint)
+                total = gather(total, left, right, b, self.alpha)
+            if flat is None and total is not None:
+                out[self.first + i] = total.squeeze(-1) if as_column else total.squeeze(-2) if as_row else total
+        return out
+
+
+@rule(aten.mm.default, aten.bmm.default)
+def product(call: Call) -> Part:
+    return Product(call, None, 1.0, 1.0)
+
+
+@rule(aten.mv.default)
+def matrix_vector(call: Call) -> Part:
+    return Product(call, None, 1.0, 1.0, column=True)
+
+
+@rule(aten.dot.default)
+def dot(call: Call) -> Part:
+    return Product(call, None, 1.0, 1.0, row=True, column=True)
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def added_product(call: Call) -> Part:
+    return Product(call, 0, float(call.kwargs.get("beta", 1)), float(call.kwargs.get("alpha", 1)))
+
+
+@rule(aten.addmv.default)
+def added_matrix_vector(call: Call) -> Part:
+    return Product(call, 0, float(call.kwargs.get("beta", 1)), float(call.kwargs.get("alpha", 1)), column=True)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + c on the parameter itself: what `fold` makes of t and addmm, so that W_gt has a place in the flat result."""
+    return aten.linear.default(x, weight, bias)
+
+
+@rule(aten.linear.default, linear)
+class Linear(Part):
+    """y = x W' + c for x (..., features): y_t = x_t W' + x W_t' + c_t, x_gt = y_gt W + y_g W_t, W_gt = y_gt' x + y_g' x_t."""
+
+    def __init__(self, call: Call) -> None:
+        x, weight = call.inputs[:2]
+        self.on = [*call.active, False][:3]
+        self.inputs = len(call.inputs)
+        self.second_order = self.on[0] and self.on[1]
+        self.x = x.reshape(-1, x.shape[-1]) if self.on[1] else None
+        self.weight = weight if self.on[0] else None
+        self.x_shape, self.y_shape = x.shape, call.outputs[0].shape
+        self.rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+
+    def tangent(self, x_t: Tangents) -> tuple[list[Tensor | None], Any]:
+        a_t, w_t = x_t[:2]
+        c_t = x_t[2] if self.inputs > 2 else None
+        b = next(len(t) for t in x_t if t is not None)
+        y: Tensor | None = None
+        if w_t is not None and self.x is not None:
+            if c_t is None:
+                y = gather(None, self.x, w_t.mT, b)
+            elif b == 1:
+                y = torch.addmm(c_t[0], self.x, w_t[0].t()).unsqueeze(0)
+            else:
+                y = torch.baddbmm(c_t.unsqueeze(1), self.x.expand(b, *self.x.shape), w_t.mT)
+        elif c_t is not None:
+            y = c_t.unsqueeze(1).repeat(1, self.rows, 1)
+        if a_t is not None and self.weight is not None:
+            a_t = a_t.reshape(b, self.rows, -1)
+            if y is None:
+                y = gather(None, a_t.contiguous(), self.weight.t(), b)
+            else:
+                y.view(b * self.rows, -1).addmm_(a_t.reshape(b * self.rows, -1), self.weight.t())
+        assert y is not None
+        return [y.view(b, *self.y_shape)], (a_t, w_t)
+
+    def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[Tensor | None]:
+        g_t = None if y_gt[0] is None else y_gt[0].reshape(len(y_gt[0]), self.rows, -1)
+        x_t, w_t = kept or (None, None)
+        g = self.y_g[0].reshape(self.rows, -1) if kept is not None and self.second_order and self.y_g[0] is not None else None
+        into = into or (None,) * self.inputs
+        out: list[Tensor | None] = [None] * self.inputs
+        if self.on[0]:
+            total: Tensor | None = None
+            if g_t is not None and self.weight is not None:
+                total = gather(None, g_t.contiguous(), self.weight, len(g_t))
+            if g is not None and w_t is not None:
+                total = gather(total, g, w_t, len(w_t))
+            if total is not None:
+                out[0] = place(total.view(len(total), *self.x_shape), into[0])
+        if self.on[1]:
+            total = into[1]
+            if g_t is not None and self.x is not None:
+                total = gather(total, g_t.mT, self.x, len(g_t))
+            if g is not None and x_t is not None:
+                total = gather(total, g.t(), x_t, len(x_t))
+            out[1] = None if into[1] is not None else total
+        if self.on[2] and g_t is not None:
+            out[2] = broadcast_sum(g_t, g_t.shape[2:], 1.0, into[2])
+        return out
