@@ -9,7 +9,7 @@ views of it are read again. Numbers that a write would destroy and the tape hold
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -67,13 +67,13 @@ class _Schema(NamedTuple):
     turns: bool  # changes the shape or strides of its argument, not its numbers
 
 
-@lru_cache(maxsize=None)
+@cache
 def _schema(func: Any) -> _Schema:
     written = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     return _Schema(tuple(written), torch.Tag.nondeterministic_seeded in func.tags, torch.Tag.inplace_view in func.tags)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _functional(func: Any) -> Any:
     """The overload that computes what this one writes into its first argument, None where there is none."""
     name = func._schema.name.split("::")[1]
@@ -307,7 +307,8 @@ class Memory:
         else:
             leaves, spec = tree_flatten((args, kwargs))
             inputs = [self.read(t) if isinstance(t, torch.Tensor) else t for t in leaves]
-            value = self._apply(f, *tree_unflatten(inputs, spec), module)
+            given_args, given_kwargs = tree_unflatten(inputs, spec)
+            value = self._apply(f, given_args, given_kwargs, module)
         if value.tensor.dtype != target.dtype:
             value = self._apply(aten._to_copy.default, (value,), {"dtype": target.dtype}, module)
         if value.tensor.shape != target.shape:
@@ -335,7 +336,8 @@ def _lying(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Any, stride
 def _window(whole: torch.Tensor, t: torch.Tensor) -> tuple[Any, tuple[int, ...]] | None:
     """The call, select or slice, by which t can be had from a whole that begins where the storage does; None where neither can."""
     shape, stride, offset = tuple(t.shape), tuple(t.stride()), t.storage_offset()
-    for d, (size, step) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
+    for d in range(whole.ndim):
+        size, step = whole.shape[d], whole.stride(d)
         start, rest = divmod(offset, step) if step else (0, offset)
         if rest or not start < size:
             continue
