@@ -36,7 +36,7 @@ class Row(NamedTuple):
     op: str
     module: str
     by: str
-    count: int
+    calls: int
 
 
 class Linearised:
@@ -56,46 +56,31 @@ class Linearised:
         tape.calls = []
         network = _leading_to(calls, tape.outputs)
         self.bypassed = _bypassed(calls, network, tape)
-        slots: dict[int, int] = {}
-        for t in tape.params:
-            slots.setdefault(id(t), len(slots))
-        shapes = [tuple(t.shape) for t in tape.params]
-        assert len(slots) == len(shapes)
-        held = list(tape.params)  # ids are of live tensors only
-        last: dict[int, int] = {}
-        wired = []
+        slots = {id(t): i for i, t in enumerate(tape.params)}
+        wired, last = [], {}
         for i, call in enumerate(calls):
             inputs = tuple(slots[id(t)] if a else -1 for t, a in zip(call.inputs, call.active, strict=True))
             outputs = tuple(slots.setdefault(id(t), len(slots)) for t in call.outputs)
-            held += call.outputs
-            last.update((s, i) for s in inputs if s >= 0)
+            last.update((s, i) for s in (*outputs, *inputs) if s >= 0)
             wired.append((inputs, outputs))
-        self._end = slots[id(tape.loss)]
-        end_like = tape.loss
-        self._slots = len(slots)
-        self._params = len(tape.params)
+        self._end, self._slots, self._params = slots[id(tape.loss)], len(slots), len(tape.params)
         used = {s for inputs, _ in wired for s in inputs}
         self.unused = tuple(i for i in range(self._params) if i not in used)
         frees: list[list[int]] = [[] for _ in calls]
         for s, i in last.items():
             frees[i].append(s)
+
         self._steps: list[_Step] = []
         rows: Counter[tuple[str, str, str]] = Counter()
-        for i, (call, (inputs, outputs)) in enumerate(zip(calls, wired, strict=True)):
+        for call, (inputs, outputs), leading, free in zip(calls, wired, network, frees, strict=True):
             part, by = _part(call)
             rows[str(call.func).removeprefix("aten."), call.module, by] += 1
-            for s in outputs:
-                if s not in last:
-                    frees[i].append(s)
-            self._steps.append(_Step(part, inputs, outputs, network[i], tuple(s for s in frees[i] if s != self._end)))
-        self._table = [Row(*key, count) for key, count in rows.items()]
+            self._steps.append(_Step(part, inputs, outputs, leading, tuple(free)))
+        self._table = [Row(*key, n) for key, n in rows.items()]
         self.islands = tuple(dict.fromkeys(row.op for row in self._table if row.by == "island"))
-        del calls, held, tape
-        self.gradient: list[torch.Tensor | None] | None = self._adjoints(torch.full_like(end_like, scale))
+        self.gradient: list[torch.Tensor | None] | None = self._adjoints(torch.full_like(tape.loss, scale))
 
-    def product(
-        self, tangents: Sequence[torch.Tensor], into: Sequence[torch.Tensor], *, scale: float = 1.0, gauss: bool = False
-    ) -> None:
+    def product(self, tangents: Sequence[torch.Tensor], into: Sequence[torch.Tensor], *, scale: float = 1.0, gauss: bool = False) -> None:
         """into += scale * H tangents, each given by parameter as (b, *shape), strided as they come.
 
         gauss   the Gauss-Newton matrix in place of H. A scale other than 1 costs a pass over the tangents; that of the constructor none

@@ -29,7 +29,7 @@ class Tape:
 
     calls     in the order of their evaluation; tensors stand for values, see `fold.fold`
     params    the value of each parameter, as it appears in the calls
-    outputs   the network's outputs that depend on the parameters
+    outputs   the network's outputs on which the loss depends; in place of a view what it views
     loss      the value of the loss
     """
 
@@ -62,7 +62,22 @@ def record(fn: Callable[[], tuple[Any, torch.Tensor]], params: Sequence[torch.Te
     _check_graph(loss, params, first)
     end = memory.read(loss)
     marked = [memory.read(t) for t in tree_flatten(outputs)[0] if isinstance(t, torch.Tensor)]
-    return _tape(memory, end, marked)
+    return _tape(memory, end, [_viewed(memory, v) for v in marked])
+
+
+def _viewed(memory: Memory, value: Value) -> Value:
+    """The value of which this one is a view: a loss may view it in its own way, and views, linear, may count to either side."""
+    for entry in reversed(memory.entries):
+        if value in entry.outputs and _is_view(entry.func):
+            value = next(v for v in entry.inputs if v.active)
+    return value
+
+
+def _is_view(func: Any) -> bool:
+    if func is torch.ops.aten._unsafe_view.default:
+        return True
+    returned = func._schema.returns[0].alias_info
+    return returned is not None and not returned.is_write
 
 
 def _tape(memory: Memory, end: Value, marked: list[Value]) -> Tape:
@@ -106,9 +121,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook):
             raise Unrecorded("a hook on the gradient of a tensor")
-        if func in _RECURRENT:
-            with torch.backends.mkldnn.flags(enabled=False):
+        if func in _RECURRENT and torch.backends.mkldnn.enabled:
+            torch._C._set_mkldnn_enabled(False)
+            try:
                 return func(*args, **(kwargs or {}))
+            finally:
+                torch._C._set_mkldnn_enabled(True)
         return func(*args, **(kwargs or {}))
 
 
