@@ -59,10 +59,7 @@ CASES = [
     Case(aten.masked_fill.Tensor, lambda r: (r(3, 4), r(3, 1) > 0, r(()))),
     Case(aten.nan_to_num.default, lambda r: (r(3, 4),)),
     Case(aten.remainder.Scalar, lambda r: (r(3, 4), 0.7)),
-    *(
-        Case(f, lambda r, f=f: (r(3, 5).abs() + 1.1 if f is aten.acosh.default else 0.95 * torch.sigmoid(r(3, 5)),))
-        for f in UNARY
-    ),
+    *(Case(f, lambda r, f=f: (r(3, 5).abs() + 1.1 if f is aten.acosh.default else 0.95 * torch.sigmoid(r(3, 5)),)) for f in UNARY),
 ]
 
 

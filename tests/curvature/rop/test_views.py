@@ -73,7 +73,12 @@ def test_against_autograd(case: Case) -> None:
 def test_tangent_of_a_view_is_a_view() -> None:
     x = torch.randn(4, 6)
     t = torch.randn(2, 4, 6)
-    for func, args in ((aten.view.default, ([6, 4],)), (aten.permute.default, ([1, 0],)), (aten.slice.Tensor, (1, 2, 5)), (aten.split.Tensor, (2, 1))):
+    for func, args in (
+        (aten.view.default, ([6, 4],)),
+        (aten.permute.default, ([1, 0],)),
+        (aten.slice.Tensor, (1, 2, 5)),
+        (aten.split.Tensor, (2, 1)),
+    ):
         _, part = part_of(func, x, *args)
         assert all(y.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for y in part.tangent([t])[0])
 

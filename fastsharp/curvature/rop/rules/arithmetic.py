@@ -14,7 +14,9 @@ from ..rule import Call, Part, rule
 aten = torch.ops.aten
 
 
-def _pointwise(call: Call, operands: Sequence[Any], slopes: Sequence[Factor], bends: dict[tuple[int, int], Factor] | None = None) -> Part | None:
+def _pointwise(
+    call: Call, operands: Sequence[Any], slopes: Sequence[Factor], bends: dict[tuple[int, int], Factor] | None = None
+) -> Part | None:
     """A part from derivatives by position of the operands, of which some may be plain numbers."""
     if call.outputs[0].is_complex():
         return None
@@ -143,7 +145,7 @@ def clamp(call: Call) -> Part | None:
 def addcmul(call: Call) -> Part | None:
     """x + value u v."""
     value = float(call.kwargs.get("value", 1))
-    x, u, v = call.args
+    _, u, v = call.args
     return _pointwise(call, call.args, (1.0, value * v, value * u), {(1, 2): value})
 
 
@@ -151,7 +153,7 @@ def addcmul(call: Call) -> Part | None:
 def addcdiv(call: Call) -> Part | None:
     """x + value u / v."""
     value = float(call.kwargs.get("value", 1))
-    x, u, v = call.args
+    _, u, v = call.args
     over = value / v
     slope = -u * over / v
     return _pointwise(call, call.args, (1.0, over, slope), {(1, 2): -over / v, (2, 2): -2 * slope / v})
@@ -271,7 +273,7 @@ def unary(call: Call) -> Part | None:
 
 
 @rule(aten.nan_to_num.default)
-def nan_to_num(call: Call) -> Part:
+def nan_to_num(call: Call) -> Part | None:
     return _pointwise(call, call.args[:1], (call.args[0].isfinite(),))
 
 

@@ -87,9 +87,7 @@ class Variance(Part):
 
     def adjoint(self, y_g: Tangents) -> list[torch.Tensor | None]:
         self.weight = None if y_g[0] is None else self.over.back(y_g[0]) * self.scale
-        return [
-            None if g is None else g.squeeze(0) for g in self.backward([None if g is None else g.unsqueeze(0) for g in y_g], None, ())
-        ]
+        return [None if g is None else g.squeeze(0) for g in self.backward([None if g is None else g.unsqueeze(0) for g in y_g], None, ())]
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[torch.Tensor | None]:
         total = None if y_gt[0] is None else self.over.spread(y_gt[0]) * self.u
