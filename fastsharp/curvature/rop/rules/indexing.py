@@ -97,7 +97,7 @@ class Places:
         self.indices = [None, *_indices(given)]
         used = [i for i, index in enumerate(self.indices) if index is not None]
         self.apart = used != list(range(used[0], used[-1] + 1))  # then torch puts the indexed dimensions in front of b
-        self.dims = torch.broadcast_tensors(*(index for index in self.indices if index is not None))[0].dim()
+        self.dims = max(index.dim() for index in self.indices if index is not None)
 
     def take(self, t: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = aten.index.Tensor(t, self.indices)
