@@ -273,7 +273,7 @@ def unary(call: Call) -> Part | None:
 
 
 @rule(aten.nan_to_num.default)
-def nan_to_num(call: Call) -> Part:
+def nan_to_num(call: Call) -> Part | None:
     return _pointwise(call, call.args[:1], (call.args[0].isfinite(),))
 
 
