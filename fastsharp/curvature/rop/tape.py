@@ -103,11 +103,11 @@ def _tape(memory: Memory, end: Value, marked: list[Value]) -> Tape:
     return Tape(calls, [v.tensor for v in memory.params], [v.tensor for v in marked if v in needed], end.tensor)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enters each call in the memory, and runs it."""
 
     def __init__(self, memory: Memory, path: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory = memory
         self._path = path
 
