@@ -13,7 +13,7 @@ from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import checkpoint
 
 from fastsharp.curvature.rop.tape import Unrecorded
-from tests.curvature.rop.engine import check, hessian, linearised
+from tests.curvature.rop.engine import check, linearised
 
 Body = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -33,8 +33,7 @@ def _case(body: Body) -> tuple[Callable[[], tuple[Any, torch.Tensor]], list[torc
 
 
 def _in_place(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    y = (w * x).tanh_()
-    return y.add_(w.exp()).mul_(w).sub_(x, alpha=2).clamp_(-2, 2)
+    return (w * x).add_(w.exp()).mul_(w).sub_(x, alpha=2).clamp_(-2, 2).tanh_()
 
 
 def _overwritten_after_use(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +54,7 @@ def _slices_written(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _view_of_a_written_base(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y = w * x
     row, block, transposed = y[1], y[1:3, 1:4], y.t()
-    before = row.sin()
+    before = row + 1
     y.mul_(w)
     return before.sum() + row.exp().sum() * block + transposed[1:4, 1:3].t()
 
@@ -64,8 +63,8 @@ def _base_of_a_written_view(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y = w * x
     flat = y.view(-1)
     flat[3:9].mul_(w.reshape(-1)[3:9])
-    y[:, 1].sigmoid_()
-    y.t()[2:4].exp_()
+    y[:, 1].mul_(2)
+    y.t()[1:4].exp_()
     return y * flat.view(4, 5)
 
 
@@ -77,7 +76,8 @@ def _diagonal_written(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _siblings(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    a, b = (w * x).chunk(2, dim=1)
+    y = w * x
+    a, b = y[:, :3], y[:, 3:]
     a.relu_()
     return torch.cat([a * w[:, :3], b * a[:, :2]], 1)
 
@@ -90,11 +90,11 @@ def _unsafe_siblings(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _constant_written(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     mask = torch.ones_like(x)
-    y = w * mask
+    y = w.exp() + mask
     mask.fill_(3.0)
-    z = w.sin() * mask
+    z = w.sin() - mask
     mask.zero_()
-    return y + z
+    return y * z
 
 
 def _filled(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def _widened(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _silu_chain(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return F.hardtanh_(F.leaky_relu_(F.elu_(F.silu(w * x, inplace=True)), 0.2), -1, 2)
+    return F.leaky_relu_(F.hardtanh_(F.silu(w * x, inplace=True), -1, 2), 0.2)
 
 
 def _detached(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -178,6 +178,13 @@ def _as_strided(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return part.as_strided((2, 3), (5, 1), 6) * torch.as_strided(w, (2, 3), (7, 2), 1)
 
 
+def _made_like(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = w * x
+    out, noise = torch.empty_like(y), torch.zeros_like(y).fill_(0.3)
+    out.copy_(y)
+    return out * noise.mul_(2) + y.new_ones(5) * w
+
+
 def _several_outputs(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     values, order = (w * x).sort(dim=1)
     top, at = w.max(dim=0)
@@ -187,7 +194,7 @@ def _several_outputs(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 BODIES = [
     _in_place, _overwritten_after_use, _slices_written, _view_of_a_written_base, _base_of_a_written_view, _diagonal_written, _siblings,
     _unsafe_siblings, _constant_written, _filled, _turned, _permuted_base, _widened, _silu_chain, _detached, _detached_in_place,
-    _control_flow, _gradient_inside, _checkpointed, _mapped, _einsum, _as_strided, _several_outputs,
+    _control_flow, _gradient_inside, _checkpointed, _mapped, _einsum, _as_strided, _made_like, _several_outputs,
 ]  # fmt: skip
 
 
@@ -238,14 +245,10 @@ def _through_data(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         (_through_data, "autograd does not see"),
         (lambda w, x: torch.fft.fft(w * x).abs(), "complex"),
         (lambda w, x: torch.rrelu(w * x, training=True), "random"),
-        (lambda w, x: (w * x).detach(), None),
     ],
 )
-def test_refusals(body: Body, reason: str | None) -> None:
+def test_refusals(body: Body, reason: str) -> None:
     fn, params = _case(body)
-    if reason is None:
-        check(fn, params)  # what is cut off is not a reason
-        return
     with pytest.raises(Unrecorded, match=reason):
         linearised(fn, params)
 
@@ -261,7 +264,7 @@ def test_frozen_parameters_are_constants() -> None:
     w, frozen, other = (torch.randn(3, 3, dtype=torch.float64, requires_grad=i != 1) for i in range(3))
     lin = check(lambda: (None, ((w @ frozen).tanh() @ other).pow(2).sum()), [w])
     assert lin.unused == ()
-    assert len(lin.table()) == 5
+    assert sum(row.calls for row in lin.table()) == 5
 
 
 def test_parameters_in_one_buffer() -> None:
@@ -336,12 +339,3 @@ def test_what_changes_gradients_is_refused_before_the_model_runs(kind: str) -> N
     with pytest.raises(Unrecorded, match="hook|scripted"):
         linearised(fn, list(model.parameters()), model)
     _no_hooks()
-
-
-def test_the_curvature_of_the_cases_is_not_symmetric_by_chance() -> None:
-    """A case whose Hessian ignores the write under test would pass with the write lost."""
-    for lost, body in (("mul_", _view_of_a_written_base), ("add_", _overwritten_after_use)):
-        with pytest.MonkeyPatch.context() as patch:
-            kept = hessian(*_case(body))
-            patch.setattr(torch.Tensor, lost, lambda self, *a, **k: self)
-            assert float((hessian(*_case(body)) - kept).abs().max()) > 1e-3
