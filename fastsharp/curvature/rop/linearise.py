@@ -57,7 +57,8 @@ class Linearised:
         network = _leading_to(calls, tape.outputs)
         self.bypassed = _bypassed(calls, network, tape)
         slots = {id(t): i for i, t in enumerate(tape.params)}
-        wired, last = [], {}
+        wired: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        last: dict[int, int] = {}
         for i, call in enumerate(calls):
             inputs = tuple(slots[id(t)] if a else -1 for t, a in zip(call.inputs, call.active, strict=True))
             outputs = tuple(slots.setdefault(id(t), len(slots)) for t in call.outputs)
@@ -72,7 +73,9 @@ class Linearised:
 
         self._steps: list[_Step] = []
         rows: Counter[tuple[str, str, str]] = Counter()
-        for call, (inputs, outputs), leading, free in zip(calls, wired, network, frees, strict=True):
+        calls.reverse()
+        for (inputs, outputs), leading, free in zip(wired, network, frees, strict=True):
+            call = calls.pop()  # what its part does not keep is freed before the next part is made
             part, by = _part(call)
             rows[str(call.func).removeprefix("aten."), call.module, by] += 1
             self._steps.append(_Step(part, inputs, outputs, leading, tuple(free)))

@@ -68,6 +68,18 @@ class _Schema(NamedTuple):
 
 
 @cache
+def _name(func: Any) -> str:
+    return str(func._schema.name.split("::")[1])
+
+
+# what makes a tensor in the image of another one; its numbers have no part in it
+_NO_DERIVATIVE = frozenset(
+    ["empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "bernoulli"]
+    + ["new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"]
+)
+
+
+@cache
 def _schema(func: Any) -> _Schema:
     written = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     return _Schema(tuple(written), torch.Tag.nondeterministic_seeded in func.tags, torch.Tag.inplace_view in func.tags)
@@ -76,7 +88,7 @@ def _schema(func: Any) -> _Schema:
 @cache
 def _functional(func: Any) -> Any:
     """The overload that computes what this one writes into its first argument, None where there is none."""
-    name = func._schema.name.split("::")[1]
+    name = _name(func)
     packet = getattr(aten, name[:-1], None) if func.namespace == "aten" and name.endswith("_") and name not in _REALLOCATE else None
     if packet is None or [i for i, _ in _schema(func).writes] != [0]:
         return None
@@ -125,7 +137,8 @@ class Memory:
     def call(self, func: Any, args: Any, kwargs: Any, module: str) -> Any:
         """Run a call; enter it where it is active or writes what the tape holds."""
         leaves, spec = tree_flatten((args, kwargs))
-        active = torch.is_grad_enabled() and any(self._active(t) for t in leaves if isinstance(t, torch.Tensor))
+        active = torch.is_grad_enabled() and _name(func) not in _NO_DERIVATIVE
+        active = active and any(self._active(t) for t in leaves if isinstance(t, torch.Tensor))
         schema = _schema(func)
         if schema.writes:
             if not active:
@@ -244,8 +257,10 @@ class Memory:
 
     def _write(self, func: Any, schema: _Schema, args: Any, kwargs: Any, module: str) -> Any:
         """Run a call that writes active values into its first argument."""
+        if schema.random:
+            raise Unrecorded(f"a random operation on active values ({func})")
         f = _functional(func)
-        if f is None or schema.random:
+        if f is None:
             raise Unrecorded(f"a write without a functional form ({func})")
         target = args[0]
         at = self._at(target)

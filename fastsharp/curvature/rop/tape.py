@@ -59,10 +59,13 @@ def record(fn: Callable[[], tuple[Any, torch.Tensor]], params: Sequence[torch.Te
         outputs, loss = fn()
     if loss.numel() != 1:
         raise Unrecorded(f"a loss of {loss.numel()} numbers")
-    _check_graph(loss, params, first)
+    reached = _reached(loss, first)
     end = memory.read(loss)
     marked = [memory.read(t) for t in tree_flatten(outputs)[0] if isinstance(t, torch.Tensor)]
-    return _tape(memory, end, [_viewed(memory, v) for v in marked])
+    tape, followed = _tape(memory, end, [_viewed(memory, v) for v in marked])
+    if any(id(p) in reached and v not in followed for p, v in zip(params, memory.params, strict=True)):
+        raise Unrecorded("a path to a parameter that is autograd's alone")
+    return tape
 
 
 def _viewed(memory: Memory, value: Value) -> Value:
@@ -80,8 +83,8 @@ def _is_view(func: Any) -> bool:
     return returned is not None and not returned.is_write
 
 
-def _tape(memory: Memory, end: Value, marked: list[Value]) -> Tape:
-    """Calls on the path to the loss, with their tensors in place of values."""
+def _tape(memory: Memory, end: Value, marked: list[Value]) -> tuple[Tape, set[Value]]:
+    """Calls on the path to the loss, with their tensors in place of values; and the active values on it."""
     if not end.active:
         raise Unrecorded("a loss that does not depend on the parameters")
     needed = {end}
@@ -100,14 +103,14 @@ def _tape(memory: Memory, end: Value, marked: list[Value]) -> Tape:
     for entry in reversed(kept):
         args, kwargs = tree_map(tensor, (entry.args, entry.kwargs))
         calls.append(Call(entry.func, args, kwargs, [v.tensor for v in entry.outputs], lambda t: id(t) in active, entry.module))
-    return Tape(calls, [v.tensor for v in memory.params], [v.tensor for v in marked if v in needed], end.tensor)
+    return Tape(calls, [v.tensor for v in memory.params], [v.tensor for v in marked if v in needed], end.tensor), needed
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enters each call in the memory, and runs it."""
 
     def __init__(self, memory: Memory, path: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory = memory
         self._path = path
 
@@ -178,17 +181,21 @@ def _sequence_number() -> int:
     return int(node._sequence_nr())
 
 
-def _check_graph(loss: torch.Tensor, params: Sequence[torch.Tensor], first: int) -> None:
-    """Whether every node of the graph was made by a call that the tape saw."""
-    seen: set[Any] = set()
+def _reached(loss: torch.Tensor, first: int) -> set[int]:
+    """Identities of the leaf tensors to which the graph leads; every node of it must be one that the tape saw being made."""
+    leaves: set[int] = set()
+    seen: set[Any] = {None}
     stack: list[Any] = [loss.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "_forward_cls"):
             raise Unrecorded(f"the custom autograd.Function {node._forward_cls.__name__}")
-        if not hasattr(node, "variable") and node._sequence_nr() < first:
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        elif node._sequence_nr() < first:
             raise Unrecorded(f"a graph from before this evaluation ({node.name()})")
         stack.extend(following for following, _ in node.next_functions)
+    return leaves
