@@ -10,6 +10,7 @@ Whatever meets a primal weight folds b into the batch; a tangent of the weight t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,25 +30,23 @@ def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if x.numel() >= weight.numel() else torch.contiguous_format
 
 
-@rule(aten.convolution.default)
 class Convolution(Part):
-    def __init__(self, call: Call) -> None:
-        self._set_up(call, call.args[3:])
-
-    def _set_up(self, call: Call, options: Any) -> None:
-        x, weight = call.inputs[:2]
-        self.on = [*call.active, False][:3]
-        self.inputs = len(call.inputs)
-        self.second_order = self.on[0] and self.on[1]
-        self.options = tuple(options)
+    def __init__(self, x: Tensor, weight: Tensor, y: Tensor, options: Sequence[Any], on: Sequence[bool], inputs: int = 3) -> None:
+        """on: whether x, weight, bias are active; options: stride, padding, dilation, transposed, output padding, groups."""
+        self.on, self.inputs, self.options = on, inputs, tuple(options)
+        self.second_order = on[0] and on[1]
         self.format = _layout(x, weight)
-        self.x = x.contiguous(memory_format=self.format)
+        self.x = self.laid(x)
         self.weight = weight
-        self.y_shape = call.outputs[0].shape
+        self.y_shape = y.shape
+
+    def laid(self, t: Tensor) -> Tensor:
+        """t in the layout of this part."""
+        return t.contiguous(memory_format=self.format)
 
     def _fold(self, t: Tensor) -> Tensor:
         """(b, N, ...) -> (b N, ...), in the layout of this part."""
-        return t.flatten(0, 1).contiguous(memory_format=self.format)
+        return self.laid(t.flatten(0, 1))
 
     def tangent(self, x_t: Tangents) -> tuple[list[Tensor | None], Any]:
         a_t, w_t = x_t[:2]
@@ -122,5 +121,9 @@ class Convolution(Part):
         return out
 
     def adjoint(self, y_g: Tangents) -> list[Tensor | None]:
-        kept = [None if g is None else g.contiguous(memory_format=self.format) for g in y_g]
-        return super().adjoint(kept)
+        return super().adjoint([None if g is None else self.laid(g) for g in y_g])
+
+
+@rule(aten.convolution.default)
+def convolution(call: Call) -> Part:
+    return Convolution(*call.inputs[:2], call.outputs[0], call.args[3:], [*call.active, False][:3], len(call.inputs))
