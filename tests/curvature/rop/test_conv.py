@@ -16,7 +16,9 @@ def rand(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def options(stride: Any = 1, padding: Any = 0, dilation: Any = 1, transposed: bool = False, output: Any = 0, groups: int = 1, d: int = 2) -> Any:
+def options(
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, transposed: bool = False, output: Any = 0, groups: int = 1, d: int = 2
+) -> Any:
     return [*([v] * d if isinstance(v, int) else list(v) for v in (stride, padding, dilation)), transposed, [output] * d, groups]
 
 

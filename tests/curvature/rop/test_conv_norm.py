@@ -16,9 +16,10 @@ GROUPS = [name for name, case in CASES.items() if not case[3][3]]  # not transpo
 
 def arguments(name: str, bias: bool, affine: bool, relu: bool) -> list[object]:
     x, weight, channels, rest = CASES[name]
-    var = rand(channels, 2)[:, 0].square() + 0.3
-    own = [0.1 * rand(channels, 3)[:, 1] + 1.0, rand(channels, 3)[:, 2]] if affine else [None, None]
-    return [x, weight, rand(channels) if bias else None, *own, rand(channels, 3)[:, 0], var, 1e-5, relu, *rest]
+    # dense vectors: torch 2.14 takes a strided running mean for a dense one in the channels-last backward of batch norm
+    mean, gamma, beta, var = rand(4, channels)
+    own = [0.1 * gamma + 1.0, beta] if affine else [None, None]
+    return [x, weight, rand(channels) if bias else None, *own, mean, var.square() + 0.3, 1e-5, relu, *rest]
 
 
 @pytest.mark.parametrize("b", [1, 3])
@@ -31,7 +32,7 @@ def test_all_inputs_active(name: str, relu: bool, b: int) -> None:
 
 @pytest.mark.parametrize("b", [1, 3])
 def test_every_active_subset(b: int) -> None:
-    for r, k in ((5, (True, True)), (4, (False, True)), (3, (True, False))):
+    for r, k in ((5, (True, True)), (4, (False, True)), (3, (True, False)), (2, (False, False))):
         for size in range(1, r + 1):
             for active in itertools.combinations(range(r), size):
                 check_rule(convolution_norm, *arguments("2d stride", *k, True), active=active, b=b)

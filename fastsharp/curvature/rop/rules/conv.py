@@ -11,11 +11,11 @@ Whatever meets a primal weight folds b into the batch; a tangent of the weight t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from ..rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
 
 aten = torch.ops.aten
 
@@ -72,32 +72,35 @@ class Convolution(Part):
         return torch.empty(n, *self.x.shape[1:], dtype=self.x.dtype, device=self.x.device, memory_format=self.format)
 
     def _corr(self, g: Tensor, x: Tensor) -> Tensor:
-        return aten.convolution_backward.default(g, x, self.weight, None, *self.options, [False, True, False])[1]
+        _, corr, _ = aten.convolution_backward.default(g, x, self.weight, None, *self.options, [False, True, False])
+        return cast(Tensor, corr)
 
     def _spread(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return aten.convolution_backward.default(g, x, weight, None, *self.options, [True, False, False])[0]
+        spread, _, _ = aten.convolution_backward.default(g, x, weight, None, *self.options, [True, False, False])
+        return cast(Tensor, spread)
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[Tensor | None]:
         x_t, w_t = kept or (None, None)
         g = self.y_g[0] if kept is not None and self.second_order else None
         into = into or (None,) * self.inputs
         out: list[Tensor | None] = [None] * self.inputs
-        b = next(len(t) for t in (*y_gt, w_t) if t is not None) if y_gt[0] is not None or w_t is not None else len(x_t) // len(self.x)
         n = len(self.x)
+        widths = ((y_gt[0], 1), (w_t, 1), (x_t, n))  # x_t is kept with b folded into the batch
+        b = next(len(t) // each for t, each in widths if t is not None)
         g_t = None if y_gt[0] is None else self._fold(y_gt[0])
         if self.on[0]:
             total: Tensor | None = None
             if g_t is not None:
                 # only shape and layout of the input are read
                 like = self.x if b == 1 else self._blank(b * n)
-                total = self._spread(g_t, like, self.weight).unflatten(0, (b, n))
+                total = torch.unflatten(self._spread(g_t, like, self.weight), 0, (b, n))
             if g is not None and w_t is not None:
-                each = [self._spread(g, self.x, w) for w in w_t]
+                second = [self._spread(g, self.x, w) for w in w_t]
                 if total is None:
-                    total = torch.stack(each)
+                    total = torch.stack(second)
                 else:
                     for k in range(b):
-                        total[k].add_(each[k])
+                        total[k].add_(second[k])
             out[0] = total
         if self.on[1]:
             total = into[1]
@@ -126,4 +129,5 @@ class Convolution(Part):
 
 @rule(aten.convolution.default)
 def convolution(call: Call) -> Part:
-    return Convolution(*call.inputs[:2], call.outputs[0], call.args[3:], [*call.active, False][:3], len(call.inputs))
+    x, weight = call.inputs[:2]
+    return Convolution(x, weight, call.outputs[0], call.args[3:], [*call.active, False][:3], len(call.inputs))

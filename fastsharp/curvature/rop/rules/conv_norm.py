@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ..rule import Call, Part, Tangents, rule
-from .conv import Convolution
-from .matmul import place
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rules.conv import Convolution
+from fastsharp.curvature.rop.rules.matmul import place
 
 aten = torch.ops.aten
 
@@ -55,7 +55,7 @@ def _dot(a: Tensor, w: Tensor) -> Tensor:
 @rule(convolution_norm)
 class ConvolutionNorm(Part):
     def __init__(self, call: Call) -> None:
-        x, weight, bias, gamma, beta, mean, var, eps, relu = call.args[:9]
+        x, weight, bias, gamma, _, mean, var, eps, relu = call.args[:9]
         given = [name for name, t in zip(NAMES, call.args[:7], strict=True) if t is not None]
         self.places = {name: i for i, name in enumerate(given) if call.active[i]}
         self.inputs = len(given)
@@ -65,7 +65,9 @@ class ConvolutionNorm(Part):
         self.column = (-1, *(1,) * (weight.dim() - 1))
         self.weight = weight
         inner = ("x" in self.places, not self.places.keys().isdisjoint(("weight", "gamma")))
-        self.conv = Convolution(x, weight * self.s.view(self.column), call.outputs[0], call.args[9:], (*inner, not self.places.keys().isdisjoint(NAMES[2:5])))
+        self.conv = Convolution(
+            x, weight * self.s.view(self.column), call.outputs[0], call.args[9:], (*inner, not self.places.keys().isdisjoint(NAMES[2:5]))
+        )
         self.second_order = True
         # the layout of the convolution's output, so that the product with the mask runs along memory
         self.mask = self.conv.laid((call.outputs[0] > 0).to(call.outputs[0].dtype)) if relu else None
