@@ -13,6 +13,7 @@ from fastsharp.api import logdet as logdet
 from fastsharp.api import spectrum as spectrum
 from fastsharp.api import trace as trace
 from fastsharp.api import trace_function as trace_function
+from fastsharp.curvature.gauss_newton import GGN as GGN
 from fastsharp.curvature.hessian import Hessian as Hessian
 from fastsharp.losses import batch_loss as batch_loss
 from fastsharp.operator import CallableOperator as CallableOperator

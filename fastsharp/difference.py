@@ -27,11 +27,12 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
-from fastsharp.curvature.autograd import GradientGraph
-from fastsharp.losses import Loss
+from fastsharp.curvature.autograd import GaussNewtonGraph
+from fastsharp.curvature.network_output import network_output
+from fastsharp.losses import Loss, Value
 
 if TYPE_CHECKING:
-    from fastsharp.curvature.hessian import Hessian
+    from fastsharp.curvature.finite_sum import FiniteSum
 
 DIFFERENCE_GATE = 1e-5  # of ||Hv||: healthy networks stay below 5e-10, the weakest planted fault was 1.4e-2
 _SAMPLES = 32
@@ -98,9 +99,10 @@ class DoubleGradient:
     narrow   the operation whose result depends on the parameters and is in float32 for all that, None where there is none
     """
 
-    def __init__(self, hessian: Hessian, index: int, batch: Any) -> None:
-        self._objective = hessian.objective
-        self._layout = hessian.layout
+    def __init__(self, operator: FiniteSum, index: int, batch: Any) -> None:
+        self._operator = operator
+        self._objective = operator.objective
+        self._layout = operator.layout
         self._key = ("float64", index)
         self._original = batch
         self._default = torch.get_default_dtype()
@@ -138,35 +140,44 @@ class DoubleGradient:
             try:
                 self.limit(1, start)
                 with self._doubled(), torch.no_grad():
-                    losses.append(float(self._value(list(self._layout.views(self.theta)))))
+                    losses.append(float(self._value(list(self._layout.views(self.theta))).loss))
             except (RuntimeError, ValueError, IndexError, TypeError):
                 break
         finite = [i for i, value in enumerate(losses) if value < float("inf")]
         return max(finite, key=losses.__getitem__) if finite else 0
 
     def rounding(self, v: torch.Tensor) -> float:
-        """||H v - (H v in float64)|| / ||H v||: what the model's own precision loses, on the same samples."""
-        objective = self._objective
+        """||A v - (A v in float64)|| / ||A v|| for the operator's own products: what the model's precision loses, on the same samples."""
         self.limit(_SAMPLES)
-        exact, _ = self.product(self.theta, v)
-        graph = GradientGraph(objective.evaluate_unchecked(self._key, self._single).loss, objective.selection.params)
-        product = graph.product(self._layout.views(v.to(objective.dtype)))
-        own = torch.zeros_like(v) if product is None else torch.cat([p.reshape(-1) for p in product]).double()
+        exact = self.exact(v)
+        own = torch.zeros(1, len(v), dtype=self._objective.dtype, device=v.device)
+        self._operator.minibatch_products(self._single, self._key).products.add_products(v.to(own.dtype)[None], own, 1.0)
         scale = float(exact.norm())
-        return float((own - exact).norm()) / scale if scale else 0.0
+        return float((own[0].double() - exact).norm()) / scale if scale else 0.0
+
+    def exact(self, v: torch.Tensor) -> torch.Tensor:
+        """A v at the weights by autograd, for the matrix of the operator."""
+        return self.product(self.theta, v)[0] if self._operator.kind == "hessian" else self._gauss_newton(v)
+
+    def _gauss_newton(self, v: torch.Tensor) -> torch.Tensor:
+        leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
+        with self._doubled():
+            value = self._value(leaves)
+            product = GaussNewtonGraph(value.loss, network_output(value), leaves).product(self._layout.views(v))
+        return torch.zeros_like(v) if product is None else torch.cat([p.reshape(-1) for p in product])
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """g(theta), (n,)."""
         leaves = [view.detach().requires_grad_() for view in self._layout.views(theta)]
         with self._doubled():
-            grads = torch.autograd.grad(self._value(leaves), leaves, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(self._value(leaves).loss, leaves, allow_unused=True, materialize_grads=True)
         return torch.cat([g.reshape(-1) for g in grads])
 
     def product(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(H v, g) at theta."""
         leaves = [view.detach().requires_grad_() for view in self._layout.views(theta)]
         with self._doubled():
-            grads = torch.autograd.grad(self._value(leaves), leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(self._value(leaves).loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
             pairs = [(g, t) for g, t in zip(grads, self._layout.views(v), strict=True) if g.requires_grad]
             outputs, tangents = [g for g, _ in pairs], [t for _, t in pairs]
             if pairs:
@@ -175,18 +186,18 @@ class DoubleGradient:
                 product = tuple(torch.zeros_like(leaf) for leaf in leaves)
         return torch.cat([p.reshape(-1) for p in product]), torch.cat([g.detach().reshape(-1) for g in grads])
 
-    def _value(self, leaves: list[torch.Tensor]) -> torch.Tensor:
+    def _value(self, leaves: list[torch.Tensor]) -> Value:
         objective = self._objective
         weights = self._constants | dict(zip(self._layout.names, leaves, strict=True))
 
-        def call() -> torch.Tensor:
+        def call() -> Value:
             with objective.modes.applied(self._key, objective.mask_seed(self._key)):
-                return self._loss(self._batch).loss
+                return self._loss(self._batch)
 
-        loss = _with_weights(objective.model, weights, call)
-        if loss.dtype in _NARROW:
+        value = _with_weights(objective.model, weights, call)
+        if value.loss.dtype in _NARROW:
             self.narrow = "the loss"
-        return loss
+        return value
 
     @contextmanager
     def _doubled(self) -> Iterator[None]:
@@ -223,7 +234,7 @@ def _widened(value: Any, tensors: bool) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
-def _with_weights(model: nn.Module, weights: dict[str, torch.Tensor], call: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _with_weights(model: nn.Module, weights: dict[str, torch.Tensor], call: Callable[[], Value]) -> Value:
     """call() while the model's parameters and buffers are `weights`; the loss object calls the model itself."""
 
     class Swapped(nn.Module):
@@ -231,13 +242,13 @@ def _with_weights(model: nn.Module, weights: dict[str, torch.Tensor], call: Call
             super().__init__()
             self.inner = model
 
-        def forward(self) -> torch.Tensor:
+        def forward(self) -> Value:
             return call()
 
     # recurrent modules keep a second list of their weights, which functional_call leaves at the swapped ones
     lists = [(m, m._flat_weights, m._flat_weight_refs) for m in model.modules() if isinstance(m, nn.RNNBase)]
     try:
-        result: torch.Tensor = functional_call(Swapped(), {f"inner.{name}": t for name, t in weights.items()}, ())
+        result: Value = functional_call(Swapped(), {f"inner.{name}": t for name, t in weights.items()}, ())
     finally:
         for m, flat, refs in lists:
             m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = flat, refs

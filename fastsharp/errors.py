@@ -181,6 +181,12 @@ class StaleOperatorError(OperatorError):
     code = "FS205"
 
 
+class EngineError(OperatorError):
+    """The backend that was asked for cannot compute the products of this model, or computes other ones than autograd."""
+
+    code = "FS206"
+
+
 # --- FS3xx: the machine and its files -------------------------------------------------------------------------------
 
 

@@ -12,12 +12,12 @@ from fastsharp.batches import tensors_of
 from fastsharp.errors import NonFiniteError
 
 
-def non_finite_loss(model: nn.Module, index: int, batch: Any, loss: float, evaluate: Callable[[], Any]) -> NonFiniteError:
+def non_finite_loss(model: nn.Module, index: Any, batch: Any, loss: float, evaluate: Callable[[], Any]) -> NonFiniteError:
     """The error for a loss that is not finite on batch `index`, with its origin; `evaluate` repeats the forward pass."""
     return NonFiniteError(f"the loss of batch {index} is {loss}: {_in_batch(batch) or _in_modules(model, evaluate)}.\n{_ADVICE}")
 
 
-def non_finite_gradient(names: list[str], index: int, batch: Any) -> NonFiniteError:
+def non_finite_gradient(names: list[str], index: Any, batch: Any) -> NonFiniteError:
     """The error for a gradient that is not finite on batch `index` in the rows `names`, though the loss is."""
     cause = _in_batch(batch) or "a square root, norm or division at zero has no derivative; add a small constant inside it"
     return NonFiniteError(

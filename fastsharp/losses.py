@@ -54,12 +54,16 @@ def batch_loss(fn: Callable[[nn.Module, Any], Any]) -> BatchLoss:
 
 @dataclass(frozen=True)
 class Value:
-    """One batch's loss: L = sum scale * loss / sum count over batches; count is None where the plain sum is meant."""
+    """One batch's loss: L = sum scale * loss / sum count over batches; count is None where the plain sum is meant.
+
+    output   what the model returned; None for a `batch_loss`, which calls the model itself
+    """
 
     loss: torch.Tensor
     scale: float
     count: float | None
     stated: bool = False  # the loss itself returned (sum, count)
+    output: Any = None
 
 
 class Loss:
@@ -86,15 +90,15 @@ class Loss:
 
     def __call__(self, batch: Any) -> Value:
         """The batch's loss, checked to be a scalar, and what it weighs."""
-        result, weight = self._evaluate(batch)
+        result, weight, output = self._evaluate(batch)
         if isinstance(result, tuple) and len(result) == 2:
             total, count = result
-            return Value(_scalar(total, self._label()), 1.0, float(count), stated=True)
+            return Value(_scalar(total, self._label()), 1.0, float(count), stated=True, output=output)
         loss = _scalar(result, self._label())
         if self.reduction == "sum":
-            return Value(loss, 1.0, None)
+            return Value(loss, 1.0, None, output=output)
         weight = float(count_of(batch)) if weight is None else weight
-        return Value(loss, weight, weight)
+        return Value(loss, weight, weight, output=output)
 
     def settle_reduction(self, batch: Any, evaluate: Callable[[Any], Value]) -> None:
         """Decide "auto" by comparing the batch with its halves: a mean averages them, a sum adds them."""
@@ -124,12 +128,15 @@ class Loss:
         self.additive = True
         self.notes.append(f"reduction {self.reduction!r} found by halving a batch")
 
-    def _evaluate(self, batch: Any) -> tuple[Any, float | None]:
-        """The raw loss and, where it is not the number of examples, the weight of a mean."""
+    def _evaluate(self, batch: Any) -> tuple[Any, float | None, Any]:
+        """The raw loss, the weight of a mean where it is not the number of examples, and the model's output."""
         if isinstance(self.loss_fn, BatchLoss):
-            return self.loss_fn.fn(self.model, batch), None
+            return self.loss_fn.fn(self.model, batch), None, None
         args, kwargs, target = split(batch, keep_target=self.loss_fn is None)
         output = _call(self.model, args, kwargs)
+        return (*self._of_output(output, target, batch), output)
+
+    def _of_output(self, output: Any, target: Any, batch: Any) -> tuple[Any, float | None]:
         if self.loss_fn is None:
             own = _field(output, "loss")
             if own is not None:

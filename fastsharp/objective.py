@@ -91,7 +91,7 @@ class Objective:
         """ "mean" or "sum", as given or found."""
         return self.loss.reduction
 
-    def evaluate(self, index: int, batch: Any) -> Value:
+    def evaluate(self, index: Any, batch: Any) -> Value:
         """The loss of batch `index`, with its graph; call inside `quiet()`. Not finite: NonFiniteError that says where."""
         value = self.evaluate_unchecked(index, batch)
         if not value.loss.requires_grad:
@@ -118,7 +118,7 @@ class Objective:
         """What a result of this objective must say."""
         notes = self.selection.notes() + self.modes.notes() + list(self.loss.notes)
         if self.reduction == "sum":
-            notes.append("reduction 'sum': the Hessian is that of the plain sum over examples, not of their mean")
+            notes.append("reduction 'sum': the matrix is that of the plain sum over examples, not of their mean")
         if self.loss.loss_fn is None:
             notes.append("loss: the model's own .loss, or cross-entropy")
         if self._uses_attention:

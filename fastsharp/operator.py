@@ -135,6 +135,47 @@ class SymmetricOperator(ABC):
             raise DeviceError(f"operator: {name} is on {t.device}, the operator on {self.device}. Move it with .to('{self.device}').")
 
 
+class EnsembleOperator(ABC):
+    """E symmetric matrices of one dimension, multiplied together; subclasses define `_apply` alone.
+
+    E, n      members and their dimension
+    dtype     float32 or float64
+    device    where vectors live
+    """
+
+    def __init__(self, E: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.E, self.n, self.dtype, self.device = E, n, dtype, torch.device(device)
+
+    @abstractmethod
+    def _apply(self, V: torch.Tensor, member: torch.Tensor, out: torch.Tensor) -> None:
+        """out[r] <- A_member[r] V[r] for checked rows."""
+
+    def check_unchanged(self) -> None:
+        """Raise StaleOperatorError if a matrix is no longer the one of construction."""
+
+    @final
+    def apply(self, V: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
+        """Row r of the result is the matrix number member[r] times V[r]; V (r, n), member (r,) int64 on the host, None: V is (E, n).
+
+        Rows of members that are finished are left out, and cost nothing.
+        """
+        if V.dtype != self.dtype:
+            raise DtypeError(f"ensemble: V is {V.dtype}, the operators are {self.dtype}. Convert with .to({self.dtype}).")
+        if V.device != self.device:
+            raise DeviceError(f"ensemble: V is on {V.device}, the operators on {self.device}. Move it with .to('{self.device}').")
+        member = torch.arange(self.E) if member is None else member
+        if V.ndim != 2 or V.shape[1] != self.n or member.shape != V.shape[:1]:
+            raise ShapeError(
+                f"ensemble: V has shape {tuple(V.shape)}, expected ({member.numel()}, {self.n}), one row for each entry of member."
+            )
+        if V.shape[0] and (int(member.min()) < 0 or int(member.max()) >= self.E):
+            raise InputError(f"ensemble: member holds {int(member.min())} to {int(member.max())}, expected 0 to {self.E - 1}.")
+        out = torch.empty_like(V, memory_format=torch.contiguous_format)
+        if V.shape[0]:
+            self._apply(V.contiguous(), member, out)
+        return out
+
+
 @final
 class DenseOperator(SymmetricOperator):
     """A symmetric matrix given in full, (n, n); a matrix that is not symmetric to 16 n eps is refused."""

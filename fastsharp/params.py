@@ -42,6 +42,11 @@ class ParamLayout:
         bounds = zip(self.offsets, self.offsets[1:], self.shapes, strict=False)
         return [flat[a:b].view(shape) for a, b, shape in bounds]
 
+    def rows(self, V: torch.Tensor) -> list[torch.Tensor]:
+        """The parts of rows V (b, n) as (b, *shape), strided views of its memory."""
+        bounds = zip(self.offsets, self.offsets[1:], self.shapes, strict=False)
+        return [V[:, a:b].view(len(V), *shape) for a, b, shape in bounds]
+
     def unflatten(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """{name: part of flat in the parameter's shape}; the parts share its memory."""
         return dict(zip(self.names, self.views(flat), strict=True))

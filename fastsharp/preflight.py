@@ -1,4 +1,4 @@
-"""Before a Hessian is used: is it one fixed, symmetric matrix, and is it the derivative of the gradient?
+"""Before a curvature matrix is used: is it one fixed, symmetric matrix, and is it the right one?
 
 Note on numerical properties. The gates were set between healthy networks and planted faults:
   repeat     two products from graphs built anew: bitwise on the CPU, 64 eps elsewhere; healthy 0, weakest fault 1.6e-4
@@ -10,6 +10,9 @@ Note on numerical properties. The gates were set between healthy networks and pl
   difference fault 1.4e-2. It alone sees a detached term or a backward taken as constant, which leave H symmetric.
              A failure is looked into with smaller steps on fewer samples: see `fastsharp.difference`.
   rounding   ||Hv - Hv in float64|| / ||Hv||: healthy 1e-6 in float32, 4e-3 at a loss of 1e-5. Above 1e-4 the result says so
+  engine      products of a backend other than autograd against autograd's: see `fastsharp.engine_check`
+  curvature   Gauss-Newton only: v'Gv of three probes, a note where it is negative. The matrix is no derivative of the gradient, so
+              that the finite difference does not apply; its rounding is measured all the same
 All checks run on the first batch (the finite difference on at most 32 samples of it): H is a weighted sum over batches.
 """
 
@@ -21,8 +24,10 @@ from typing import Any
 import torch
 
 from fastsharp.batches import tensors_of
-from fastsharp.curvature.hessian import Hessian
+from fastsharp.curvature.batch_products import BatchProducts
+from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.difference import DIFFERENCE_GATE, DoubleGradient, mismatch
+from fastsharp.engine_check import check_engine
 from fastsharp.errors import (
     DoubleBackwardError,
     FastsharpError,
@@ -44,7 +49,7 @@ ROUNDING_NOTE = 1e-4  # of ||Hv||, a tenth of the default tolerance
 ROUNDING_GATE = 0.1  # beyond it not even the first digit is right
 
 
-def preflight(hessian: Hessian, level: str = "fast", *, strict_data: bool = False, seed: int = 0) -> dict[str, Any]:
+def preflight(operator: FiniteSum, level: str = "fast", *, strict_data: bool = False, seed: int = 0) -> dict[str, Any]:
     """Run the checks of `level`, raise on the first that fails, and return what was measured.
 
     level   "fast": graph walk, repeat, three symmetry pairs, one finite-difference probe, the first two batches drawn again;
@@ -57,20 +62,25 @@ def preflight(hessian: Hessian, level: str = "fast", *, strict_data: bool = Fals
         raise InputError(f"preflight={level!r} is none of {', '.join(map(repr, LEVELS))}.")
     outcome: dict[str, Any] = {"level": level}
     if level != "off":
-        objective = hessian.objective
-        outcome["data"] = _check_data(hessian, level, strict_data)
+        objective = operator.objective
+        outcome["data"] = _check_data(operator, level, strict_data)
         with objective.quiet():
-            for index, batch in _chosen_batches(hessian, level):
+            for index, batch in _chosen_batches(operator, level):
                 generator = torch.Generator().manual_seed(seed + 7919 * index)
-                measured = _check_products(hessian, index, batch, generator)
-                measured |= _check_difference(hessian, index, batch, generator, measured["symmetry"], probes=4 if level == "full" else 1)
-                _check_symmetry(hessian, measured)
+                measured = _check_products(operator, index, batch, generator)
+                double = _double(operator, index, batch)
+                measured |= check_engine(operator, index, batch, None if isinstance(double, str) else double, generator)
+                if operator.kind == "hessian":
+                    measured |= _check_difference(operator, double, generator, measured["symmetry"], probes=4 if level == "full" else 1)
+                else:
+                    measured |= _check_gauss_newton(operator, double, generator)
+                _check_symmetry(operator, measured)
                 for name, value in measured.items():
                     both = isinstance(value, float) and isinstance(outcome.get(name), float)
                     if both or not isinstance(outcome.get(name), str):  # a check that could not be run on some batch stays "not run"
                         outcome[name] = max(outcome[name], value) if both else value
     outcome["notes"] = _notes(outcome)
-    hessian.preflight = outcome
+    operator.preflight = outcome
     return outcome
 
 
@@ -81,11 +91,13 @@ def _notes(outcome: dict[str, Any]) -> tuple[str, ...]:
         notes.append(f"finite-difference check {unmeasured}")
     if outcome.get("rounding", 0.0) > ROUNDING_NOTE:
         notes.append(f"rounding changes products by {outcome['rounding']:.0e} of their norm; model.double() gives more digits")
+    if outcome.get("least_curvature", 0.0) < -ROUNDING_NOTE:
+        notes.append("the Gauss-Newton matrix is indefinite: the loss is not convex in the network's output")
     return tuple(notes)
 
 
-def _check_data(hessian: Hessian, level: str, strict: bool) -> str:
-    batches = hessian.objective.batches
+def _check_data(operator: FiniteSum, level: str, strict: bool) -> str:
+    batches = operator.objective.batches
     found = batches.recheck() if level == "full" else batches.redraw()
     if found == "other samples":
         message = (
@@ -98,31 +110,31 @@ def _check_data(hessian: Hessian, level: str, strict: bool) -> str:
     return found
 
 
-def _chosen_batches(hessian: Hessian, level: str) -> list[tuple[int, Any]]:
+def _chosen_batches(operator: FiniteSum, level: str) -> list[tuple[int, Any]]:
     """The first batch, or for "full" the first of each combination of shapes."""
     if level == "fast":
-        return [(0, hessian.objective.batches.first())]
+        return [(0, operator.objective.batches.first())]
     chosen: dict[tuple[Any, ...], tuple[int, Any]] = {}
-    for index, batch in hessian.objective.batches:
+    for index, batch in operator.objective.batches:
         chosen.setdefault(tuple(tuple(t.shape) for t in tensors_of(batch)), (index, batch))
     return list(chosen.values())
 
 
-def _check_products(hessian: Hessian, index: int, batch: Any, generator: torch.Generator) -> dict[str, Any]:
+def _check_products(operator: FiniteSum, index: int, batch: Any, generator: torch.Generator) -> dict[str, Any]:
     """Graph walk, repeatability and the symmetry defect of the products of one batch."""
-    eps = torch.finfo(hessian.dtype).eps
-    V = torch.randn(3, hessian.n, generator=generator, dtype=torch.float64).to(hessian.dtype).to(hessian.device)
-    before = random_states(hessian.device)
-    graph, _ = hessian.minibatch_graph(batch, index)
-    if random_states(hessian.device) != before and hessian.objective.modes.dropout != "fixed-masks":
-        _check_draws(hessian, index, batch)
-    graph.check_twice_differentiable()
-    HV = torch.stack([_flat_product(hessian, graph, v) for v in V])
-    again = _flat_product(hessian, hessian.minibatch_graph(batch, index)[0], V[0])
+    eps = torch.finfo(operator.dtype).eps
+    V = torch.randn(3, operator.n, generator=generator, dtype=torch.float64).to(operator.dtype).to(operator.device)
+    before = random_states(operator.device)
+    products = operator.minibatch_products(batch, index).products
+    if random_states(operator.device) != before and operator.objective.modes.dropout != "fixed-masks":
+        _check_draws(operator, index, batch)
+    products.check_twice_differentiable()
+    HV = _rows(products, V)
+    again = _rows(operator.minibatch_products(batch, index).products, V)[0]
     if not bool(torch.isfinite(HV).all()):
-        raise NonFiniteError(_where_not_finite(hessian, HV))
+        raise NonFiniteError(_where_not_finite(operator, HV))
     repeat = float((again - HV[0]).norm().double() / HV[0].norm().double().clamp_min(torch.finfo(torch.float64).tiny))
-    if repeat > (0.0 if hessian.device.type == "cpu" else REPEAT_GATE * eps):
+    if repeat > (0.0 if operator.device.type == "cpu" else REPEAT_GATE * eps):
         raise NondeterministicOperatorError(
             f"two products with the same vector differ by {repeat:.2e} of their norm: the model or loss is random.\n"
             "Look for dropout called as a function, noise layers or sampling; call model.eval() or remove it."
@@ -133,10 +145,10 @@ def _check_products(hessian: Hessian, index: int, batch: Any, generator: torch.G
     return {"repeat": repeat, "symmetry": defect}
 
 
-def _check_draws(hessian: Hessian, index: int, batch: Any) -> None:
+def _check_draws(operator: FiniteSum, index: int, batch: Any) -> None:
     """A model that draws random numbers may do so to no effect; a rare effect is missed by one repeated product."""
     with torch.no_grad():
-        losses = {float(hessian.objective.evaluate_unchecked(index, batch).loss) for _ in range(_DRAWS)}
+        losses = {float(operator.objective.evaluate_unchecked(index, batch).loss) for _ in range(_DRAWS)}
     if len(losses) > 1:
         raise NondeterministicOperatorError(
             f"the loss of batch {index} took {len(losses)} values in {_DRAWS} evaluations with the same weights: the model or loss is random.\n"
@@ -144,34 +156,33 @@ def _check_draws(hessian: Hessian, index: int, batch: Any) -> None:
         )
 
 
-def _check_symmetry(hessian: Hessian, measured: dict[str, Any]) -> None:
+def _check_symmetry(operator: FiniteSum, measured: dict[str, Any]) -> None:
     """A defect beyond the gate is a fault, unless the float64 product was found to be right: then it is rounding."""
-    defect, gate = measured["symmetry"], SYMMETRY_GATE * torch.finfo(hessian.dtype).eps
+    defect, gate = measured["symmetry"], SYMMETRY_GATE * torch.finfo(operator.dtype).eps
     if defect <= gate:
         return
-    if not isinstance(measured["finite_difference"], float):
+    if "rounding" not in measured:
         raise NotSymmetricError(
             f"|u'Hv - v'Hu| is {defect:.2e} of ||u|| ||Hv||, above the gate of {gate:.1e}: the product is not symmetric.\n"
             "A custom autograd.Function with an inconsistent backward is the usual cause; check it with torch.autograd.gradgradcheck."
         )
     if max(defect, measured["rounding"]) > ROUNDING_GATE:
         raise NotSymmetricError(
-            f"rounding in {hessian.dtype} spoils the product: |u'Hv - v'Hu| is {defect:.2e} of ||u|| ||Hv||, "
+            f"rounding in {operator.dtype} spoils the product: |u'Hv - v'Hu| is {defect:.2e} of ||u|| ||Hv||, "
             f"the product itself off by {measured['rounding']:.0%}.\n"
             "The loss is so close to zero that its second derivative cancels. Use model.double()."
         )
 
 
-def _flat_product(hessian: Hessian, graph: Any, v: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros_like(v)
-    product = graph.product(hessian.layout.views(v))
-    if product is not None:
-        torch._foreach_add_(hessian.layout.views(out), list(product))
+def _rows(products: BatchProducts, V: torch.Tensor) -> torch.Tensor:
+    """V A of one batch."""
+    out = torch.zeros_like(V)
+    products.add_products(V, out, 1.0)
     return out
 
 
-def _where_not_finite(hessian: Hessian, HV: torch.Tensor) -> str:
-    parts = zip(hessian.layout.names, hessian.layout.views(HV[0]), strict=True)
+def _where_not_finite(operator: FiniteSum, HV: torch.Tensor) -> str:
+    parts = zip(operator.layout.names, operator.layout.views(HV[0]), strict=True)
     bad = [name for name, part in parts if not bool(torch.isfinite(part).all())] or ["another probe"]
     return (
         f"a Hessian-vector product has NaN or Inf in the rows of {', '.join(bad[:4])}, though the loss is finite.\n"
@@ -179,22 +190,31 @@ def _where_not_finite(hessian: Hessian, HV: torch.Tensor) -> str:
     )
 
 
-def _check_difference(hessian: Hessian, index: int, batch: Any, generator: torch.Generator, symmetry: float, probes: int) -> dict[str, Any]:
-    """Compare the product with differences of gradients, in float64, on a few samples."""
+def _double(operator: FiniteSum, index: int, batch: Any) -> DoubleGradient | str:
+    """The batch's objective in float64, or why there is none."""
     try:
-        double = DoubleGradient(hessian, index, batch)
+        double = DoubleGradient(operator, index, batch)
     except FastsharpError:
         raise
     except Exception as e:  # whatever a model's code makes of float64 is no fault of its second derivative
-        return {"finite_difference": f"not run: the model does not evaluate in float64 ({_first_line(e)})"}
+        return f"not run: the model does not evaluate in float64 ({_first_line(e)})"
     if double.narrow:
-        return {"finite_difference": f"not run: part of the model computes in float32 whatever its inputs are ({double.narrow})"}
+        return f"not run: part of the model computes in float32 whatever its inputs are ({double.narrow})"
+    return double
+
+
+def _check_difference(
+    operator: FiniteSum, double: DoubleGradient | str, generator: torch.Generator, symmetry: float, probes: int
+) -> dict[str, Any]:
+    """Compare the product with differences of gradients, in float64, on a few samples."""
+    if isinstance(double, str):
+        return {"finite_difference": double}
     worst, fault = 0.0, False
     for _ in range(probes):
-        v = torch.randn(hessian.n, generator=generator, dtype=torch.float64).to(hessian.device)
+        v = torch.randn(operator.n, generator=generator, dtype=torch.float64).to(operator.device)
         size, faulty = mismatch(double, v / v.norm(), generator)
         worst, fault = max(worst, size), fault or faulty
-    if fault and symmetry > SYMMETRY_GATE * torch.finfo(hessian.dtype).eps:
+    if fault and symmetry > SYMMETRY_GATE * torch.finfo(operator.dtype).eps:
         return {"finite_difference": f"failed by {worst:.1e}"}  # both see it: the symmetry check names the cause better
     if fault:
         raise DoubleBackwardError(
@@ -204,8 +224,27 @@ def _check_difference(hessian: Hessian, index: int, batch: Any, generator: torch
         )
     if worst > UNDECIDED:
         return {"finite_difference": f"undecided: gradients jump or are rounding near the weights (mismatch {worst:.0e} without a cause)"}
-    masked = hessian.objective.modes.dropout == "fixed-masks"  # float64 draws other masks
-    return {"finite_difference": worst, "rounding": double.rounding(v / v.norm()) if not masked else 0.0}
+    return {"finite_difference": worst, "rounding": _rounding(operator, double, v)}
+
+
+def _check_gauss_newton(operator: FiniteSum, double: DoubleGradient | str, generator: torch.Generator) -> dict[str, Any]:
+    """Curvature along a few vectors, and the product against the one in float64.
+
+    A negative v'Gv is no fault by itself: the loss need not be convex in the output. The result says so.
+    """
+    V = torch.randn(3, operator.n, generator=generator, dtype=torch.float64).to(operator.dtype).to(operator.device)
+    batch = operator.objective.batches.first()
+    U, W = V.double(), _rows(operator.minibatch_products(batch, 0).products, V).double()
+    room = (U.norm(dim=1) * W.norm(dim=1)).clamp_min(torch.finfo(torch.float64).tiny)
+    measured = {"least_curvature": float(((U * W).sum(dim=1) / room).min())}
+    if isinstance(double, DoubleGradient):
+        measured["rounding"] = _rounding(operator, double, U[0])
+    return measured
+
+
+def _rounding(operator: FiniteSum, double: DoubleGradient, v: torch.Tensor) -> float:
+    masked = operator.objective.modes.dropout == "fixed-masks"  # float64 draws other masks
+    return 0.0 if masked else double.rounding(v / v.norm())
 
 
 def _first_line(e: BaseException) -> str:

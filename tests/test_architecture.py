@@ -29,7 +29,8 @@ ALLOWED = {
     "results": {"errors", "plots", "params"},
     "krylov": {"errors", "operator", "ops", "rng", "results"},
     "difference": BELOW_OBJECTIVE | {"objective", "curvature"},
-    "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
+    "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
+    "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference", "engine_check"},
     "data": {"errors"},
     "models": {"errors"},
 }

@@ -122,13 +122,13 @@ def test_kept_and_recomputed_graphs_give_the_same_bits():
     v = torch.randn(exact("lstm").shape[0], dtype=torch.float64)
     kept = fastsharp.Hessian(n.model, n.batches, n.loss_fn, memory=LARGE)
     first = kept @ v
-    assert len(kept._graphs) == 3 and torch.equal(kept @ v, first)
-    size = max(graph.nbytes(set()) for graph, _ in kept._graphs.values())
+    assert len(kept._kept) == 3 and torch.equal(kept @ v, first)
+    size = max(graph.nbytes(set()) for graph, _ in kept._kept.values())
     some = fastsharp.Hessian(n.model, n.batches, n.loss_fn, memory=some_budget(n) + 3 * size // 2)
     none = fastsharp.Hessian(n.model, n.batches, n.loss_fn, memory=some_budget(n))
     for operator, count in ((some, 1), (none, 0)):
         assert torch.equal(operator @ v, first) and torch.equal(operator @ v, first)
-        assert len(operator._graphs) == count
+        assert len(operator._kept) == count
         assert any(f"{count} batches kept their graph" in note for note in operator.notes)
     assert not any("kept their graph" in note for note in kept.notes)
 

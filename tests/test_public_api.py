@@ -20,6 +20,7 @@ CLASSES = {
     "Density",
     "Eigenpairs",
     "Estimate",
+    "GGN",
     "Hessian",
     "Spectrum",
     "SymmetricOperator",

@@ -101,7 +101,9 @@ int main(int argc, char** argv) {
         if (fault != name)
             continue;
         const bool across = fault.rfind("blocks", 0) == 0; // all blocks of these kernels write the same output
-        FS_LAUNCH(kernel, across ? 3 : 1, 1, 64, 0, nullptr, x.data(), out.data());
+        const bool ordered = fault == "sound" || fault == "early_return";
+        for (int launch = 0; launch < (ordered ? 1 : 20); ++launch) // a race is seen where two accesses come close, not in every launch
+            FS_LAUNCH(kernel, across ? 3 : 1, 1, 64, 0, nullptr, x.data(), out.data());
         if (out[0] != out[0])
             std::fprintf(stderr, "planted: a NaN from shared memory\n");
         return out[0] == 1.0 ? 0 : 4;

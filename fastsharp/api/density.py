@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
+from fastsharp.api.resume import recorded
 from fastsharp.api.subject import checked, operator_of
 from fastsharp.krylov.slq import check_arguments
 from fastsharp.krylov.slq import density as krylov_density
@@ -27,10 +29,13 @@ def density(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     progress: bool | None = None,
     strict_data: bool = False,
     preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
 ) -> Density:
     """(1/n) sum_i delta(lambda_i) as nodes and weights: the spectral density by stochastic Lanczos quadrature.
 
@@ -39,7 +44,7 @@ def density(
 
     model      an nn.Module, evaluated as it stands and left as it was; or, without a loader, a SymmetricOperator, a square
                tensor, a scipy LinearOperator or `(callable, n)`
-    loader, loss_fn, params, reduction, bn, dropout, memory, strict_data, preflight   as in `fastsharp.lanczos`
+    loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, strict_data, preflight, resume   as in `fastsharp.lanczos`
     probes     random vectors; all share each pass over the data. More of them lower the sampling noise like 1/sqrt(probes n)
     steps      products a probe: the resolution, about the range of the spectrum / steps, finer at its ends
     kind       "normal" or "rademacher"; the bounds hold for normal probes alone, whatever the matrix
@@ -51,7 +56,7 @@ def density(
     Raises subclasses of FastsharpError that name the object, the cause and one thing to do; Interrupted on Ctrl-C, with
     `.partial`. Sources: Ubaru, Chen & Saad 2017; Laurie 1996; Chen, Trogdon & Ubaru 2410.21690 and 2105.06595.
     """
-    operator = operator_of(
+    matrix = operator_of(
         model,
         loader,
         loss_fn,
@@ -59,13 +64,16 @@ def density(
         reduction=reduction,
         bn=bn,
         dropout=dropout,
+        operator=operator,
+        backend=backend,
         memory=memory,
         seed=seed,
         preflight=preflight,
     )
     arguments: dict[str, Any] = {"probes": probes, "steps": steps, "kind": kind, "seed": seed}
-    check_arguments(operator.n, **arguments)  # before the preflight spends products
-    check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
+    check_arguments(matrix.n, **arguments)  # before the preflight spends products
+    check = checked(matrix, preflight=preflight, strict_data=strict_data, seed=seed)
     shown = Progress(progress)
-    with shown, torch.inference_mode(False), torch.no_grad():  # vectors that outlive the caller's inference mode
-        return krylov_density(operator, check=check, on_step=shown.on_step, **arguments)
+    logged = recorded(matrix, resume, "density", arguments, may_change=("steps",))
+    with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
+        return krylov_density(A, check=check, on_step=shown.on_step, **arguments)

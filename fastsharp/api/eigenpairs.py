@@ -36,6 +36,8 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     precision: str = "auto",
     memory: str | int = "auto",
     method: str = "auto",
@@ -66,6 +68,8 @@ def lanczos(
     reduction  "auto", "mean" (of the example-weighted mean) or "sum"
     bn         None refuses BatchNorm in train mode; "eval"; "frozen-batch-stats"
     dropout    None refuses active Dropout; "eval"; "fixed-masks"
+    operator   "hessian", or "ggn": the Gauss-Newton matrix J' H_L J, see `fastsharp.GGN`
+    backend    "auto"; "autograd": torch's double backward; see `docs/concepts/products.md`
     precision  "auto": the parameters' dtype; "bf16", "tf32" (CUDA): cheap products for the Krylov run, exact ones for values and
                residuals, with as many residual steps as `tol` needs
     memory     bytes for the run: "auto" (half of what is free), "2GiB", a number. At most half for frozen data, at most half for the
@@ -95,7 +99,7 @@ def lanczos(
         )
     if precision != "auto" and resume is not None:
         raise InputError(f"resume= logs the products of one operator, precision={precision!r} multiplies by two. Drop one of the two.")
-    operator = operator_of(
+    matrix = operator_of(
         model,
         loader,
         loss_fn,
@@ -103,6 +107,8 @@ def lanczos(
         reduction=reduction,
         bn=bn,
         dropout=dropout,
+        operator=operator,
+        backend=backend,
         memory=memory,
         seed=seed,
         preflight=preflight,
@@ -117,12 +123,12 @@ def lanczos(
         "seed": seed,
         "strict": strict,
     }
-    request = check_arguments(operator.n, **arguments)  # before the preflight spends products
-    budget: dict[str, Any] = basis_memory(operator, memory, whole_bytes(operator.n, operator.dtype, request))
-    check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
-    cheap = None if precision == "auto" else operator.cheap(precision)
+    request = check_arguments(matrix.n, **arguments)  # before the preflight spends products
+    budget: dict[str, Any] = basis_memory(matrix, memory, whole_bytes(matrix.n, matrix.dtype, request))
+    check = checked(matrix, preflight=preflight, strict_data=strict_data, seed=seed)
+    cheap = None if precision == "auto" else matrix.cheap(precision)
     shown = Progress(progress)
-    logged = recorded(operator, resume, "lanczos", {**arguments, "v0": v0}, may_change=_HOW_LONG, basis_bytes=budget["memory"])
+    logged = recorded(matrix, resume, "lanczos", {**arguments, "v0": v0}, may_change=_HOW_LONG, basis_bytes=budget["memory"])
     with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
         options = {"v0": v0, "check": check, "on_step": shown.on_step, "on_plan": shown.on_plan, **budget, **arguments}
         return krylov_lanczos(A, verify=verify, **options) if cheap is None else ladder(cheap, A, **options)

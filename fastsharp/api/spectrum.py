@@ -34,6 +34,8 @@ def spectrum(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
@@ -47,7 +49,7 @@ def spectrum(
         s = fastsharp.spectrum(model, loader)
         s.eigenpairs.eigenvalues, s.density.cdf(0.0), float(s.trace), float(s.frobenius)
 
-    model, loader, loss_fn, params, reduction, bn, dropout, memory, progress, strict, strict_data, preflight, resume   as in
+    model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, progress, strict, strict_data, preflight, resume   as in
                `fastsharp.lanczos`
     k          pairs at each end
     tol, criterion, max_iter   of the eigenpairs, as in `fastsharp.lanczos`
@@ -61,7 +63,7 @@ def spectrum(
     Raises subclasses of FastsharpError; BasisMemoryError where the basis does not fit `memory`; Interrupted on Ctrl-C, `.partial`
     is a Spectrum. Sources: those of `lanczos`, `density` and `trace`; one basis for all: Chen & Hallman 2023 (2205.01736).
     """
-    operator = operator_of(
+    matrix = operator_of(
         model,
         loader,
         loss_fn,
@@ -69,16 +71,18 @@ def spectrum(
         reduction=reduction,
         bn=bn,
         dropout=dropout,
+        operator=operator,
+        backend=backend,
         memory=memory,
         seed=seed,
         preflight=preflight,
     )
     arguments: dict[str, Any] = {"k": k, "tol": tol, "criterion": criterion, "steps": steps, "rtol": rtol, "confidence": confidence}
     arguments |= {"max_iter": max_iter, "max_products": max_products, "seed": seed}
-    request = check_arguments(operator.n, **arguments)  # before the preflight spends products
-    budget: dict[str, Any] = basis_memory(operator, memory, whole_bytes(operator.n, operator.dtype, request))
-    check = checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
+    request = check_arguments(matrix.n, **arguments)  # before the preflight spends products
+    budget: dict[str, Any] = basis_memory(matrix, memory, whole_bytes(matrix.n, matrix.dtype, request))
+    check = checked(matrix, preflight=preflight, strict_data=strict_data, seed=seed)
     shown = Progress(progress)
-    logged = recorded(operator, resume, "spectrum", arguments, basis_bytes=budget["memory"])
+    logged = recorded(matrix, resume, "spectrum", arguments, basis_bytes=budget["memory"])
     with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
         return krylov_spectrum(A, check=check, strict=strict, on_step=shown.on_step, **budget, **arguments)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from fastsharp.batches import Budget, available_memory
-from fastsharp.curvature.hessian import Hessian
+from fastsharp.curvature import GGN, FiniteSum, Hessian
 from fastsharp.errors import InputError, Interrupted
 from fastsharp.operator import DenseOperator, SymmetricOperator, as_operator
 from fastsharp.preflight import LEVELS
 from fastsharp.preflight import preflight as run_preflight
+
+OPERATORS: dict[str, type[Hessian] | type[GGN]] = {"hessian": Hessian, "ggn": GGN}
 
 
 def operator_of(
@@ -26,23 +28,46 @@ def operator_of(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     preflight: str = "fast",
 ) -> SymmetricOperator:
-    """The operator that `model` means: a Hessian of an nn.Module, else the matrix itself. Built, not yet checked."""
+    """The operator that `model` means: a Hessian or Gauss-Newton matrix of an nn.Module, else the matrix itself. Not yet checked."""
     if preflight not in LEVELS:
         raise InputError(f"preflight={preflight!r} is none of {', '.join(map(repr, LEVELS))}.")
+    if operator not in OPERATORS:
+        raise InputError(f"operator={operator!r} is none of {', '.join(map(repr, OPERATORS))}.")
     if isinstance(model, nn.Module):
         with first_steps():
-            return Hessian(model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed)
-    _refuse_model_arguments(loader=loader, loss_fn=loss_fn, params=params, bn=bn, dropout=dropout)
+            return OPERATORS[operator](
+                model,
+                loader,
+                loss_fn,
+                params=params,
+                reduction=reduction,
+                bn=bn,
+                dropout=dropout,
+                backend=backend,
+                memory=memory,
+                seed=seed,
+            )
+    _refuse_model_arguments(
+        loader=loader,
+        loss_fn=loss_fn,
+        params=params,
+        bn=bn,
+        dropout=dropout,
+        operator=None if operator == "hessian" else operator,
+        backend=None if backend == "auto" else backend,
+    )
     return as_operator(model)
 
 
 def checked(operator: SymmetricOperator, *, preflight: str = "fast", strict_data: bool = False, seed: int = 0) -> str:
-    """Run the preflight of a Hessian that has not seen one; returns what is left for the solver's own symmetry `check`."""
-    if isinstance(operator, Hessian):
+    """Run the preflight of a model's operator that has not seen one; returns what is left for the solver's own symmetry `check`."""
+    if isinstance(operator, FiniteSum):
         if operator.preflight["level"] == "off":
             with first_steps():
                 run_preflight(operator, preflight, strict_data=strict_data, seed=seed)
@@ -53,12 +78,12 @@ def checked(operator: SymmetricOperator, *, preflight: str = "fast", strict_data
 
 
 def basis_memory(operator: SymmetricOperator, memory: str | int, wish: int) -> dict[str, int]:
-    """Bytes that a solver's basis may take: `wish` at most, and half of the budget; a Hessian keeps fewer graphs then.
+    """Bytes that a solver's basis may take: `wish` at most, and half of the budget; a model's operator keeps fewer graphs then.
 
     -> memory (on the device), host_memory (what is free beside it)
     """
     share = min(wish, Budget.of(memory, operator.device).total // 2)
-    if isinstance(operator, Hessian):
+    if isinstance(operator, FiniteSum):
         operator.reserve(share)
     return {"memory": share, "host_memory": available_memory(torch.device("cpu"))}
 

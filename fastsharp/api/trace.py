@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastsharp.api.resume import recorded
 from fastsharp.api.subject import checked, operator_of
 from fastsharp.krylov import trace as solvers
 from fastsharp.krylov.aware import KrylovSpace
@@ -14,6 +16,8 @@ from fastsharp.operator import SymmetricOperator
 from fastsharp.params import Selector
 from fastsharp.progress import Progress
 from fastsharp.results import Eigenpairs, Estimate
+
+_HOW_LONG = ("rtol", "atol", "confidence", "max_products")  # the same probes in the same order, more or fewer of them
 
 
 def trace(
@@ -31,19 +35,23 @@ def trace(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
     strict: bool = False,
     strict_data: bool = False,
     preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """tr H to a relative tolerance at a stated confidence: probes, beside a space whose part is exact.
 
         estimate = fastsharp.trace(model, loader)
         float(estimate), estimate.interval
 
-    model, loader, loss_fn, params, reduction, bn, dropout, memory, progress, strict_data, preflight    as in `fastsharp.lanczos`
+    model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, progress, strict_data, preflight, resume
+                  as in `fastsharp.lanczos`
     rtol, atol    half the interval is to be at most max(rtol |tr H|, atol); atol None is rtol ||H||_F, since a trace that
                   cancels cannot be had to a relative tolerance
     confidence    of the interval
@@ -57,10 +65,10 @@ def trace(
     Raises subclasses of FastsharpError; Interrupted on Ctrl-C, with `.partial`.
     Sources: Hutchinson 1990; Hutch++, Meyer et al. 2021; XTrace, Epperly et al. 2024; Krylov-aware, Chen and Hallman 2023.
     """
-    subject = _Subject("trace", model, loader, loss_fn, params, reduction, bn, dropout, memory, seed, preflight)
+    subject = _Subject("trace", model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, seed, preflight)
     arguments = {"rtol": rtol, "atol": atol, "confidence": confidence, "method": method, "max_products": max_products, "pairs": pairs}
     solvers.check_arguments("trace", seed=seed, **arguments)  # type: ignore[arg-type]
-    return subject.run(solvers.trace, progress, strict_data, seed=seed, strict=strict, **arguments)
+    return subject.run(solvers.trace, progress, strict_data, resume, seed=seed, strict=strict, **arguments)
 
 
 def frobenius(
@@ -77,21 +85,24 @@ def frobenius(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
     strict: bool = False,
     strict_data: bool = False,
     preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """||H||_F = sqrt(tr H^2) to a relative tolerance at a stated confidence.
 
     Arguments, result and errors as in `fastsharp.trace`; method "xtrace" estimates traces only.
     """
-    subject = _Subject("frobenius", model, loader, loss_fn, params, reduction, bn, dropout, memory, seed, preflight)
+    subject = _Subject("frobenius", model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, seed, preflight)
     arguments = {"rtol": rtol, "confidence": confidence, "method": method, "max_products": max_products, "pairs": pairs}
     solvers.check_arguments("frobenius", atol=None, seed=seed, **arguments)  # type: ignore[arg-type]
-    return subject.run(solvers.frobenius, progress, strict_data, seed=seed, strict=strict, **arguments)
+    return subject.run(solvers.frobenius, progress, strict_data, resume, seed=seed, strict=strict, **arguments)
 
 
 def logdet(
@@ -108,22 +119,25 @@ def logdet(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
     strict: bool = False,
     strict_data: bool = False,
     preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """log det(H + c I) for c = `shift`, as tr log(H + c I).
 
     A Ritz value at or below -c raises InputError with that value: H + c I is then not positive definite.
     Other arguments, result and errors as in `fastsharp.trace_function`.
     """
-    subject = _Subject("logdet", model, loader, loss_fn, params, reduction, bn, dropout, memory, seed, preflight)
+    subject = _Subject("logdet", model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, seed, preflight)
     arguments = {"rtol": rtol, "atol": atol, "confidence": confidence, "max_products": max_products}
     solvers.check_arguments("logdet", method="auto", pairs=None, seed=seed, **arguments)  # type: ignore[arg-type]
-    return subject.run(solvers.logdet, progress, strict_data, shift=shift, seed=seed, strict=strict, **arguments)
+    return subject.run(solvers.logdet, progress, strict_data, resume, shift=shift, seed=seed, strict=strict, **arguments)
 
 
 def trace_function(
@@ -140,12 +154,15 @@ def trace_function(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     progress: bool | None = None,
     strict: bool = False,
     strict_data: bool = False,
     preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """tr f(H) = sum_i f(lambda_i) by Lanczos quadrature of random probes.
 
@@ -154,10 +171,10 @@ def trace_function(
     The interval includes an estimate of what the quadrature misses. Other arguments, result and errors as in `fastsharp.trace`.
     Source: Golub and Meurant, Matrices, Moments and Quadrature (2010), section 3.
     """
-    subject = _Subject("trace_function", model, loader, loss_fn, params, reduction, bn, dropout, memory, seed, preflight)
+    subject = _Subject("trace_function", model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory, seed, preflight)
     arguments = {"rtol": rtol, "atol": atol, "confidence": confidence, "max_products": max_products}
     solvers.check_arguments("trace_function", method="auto", pairs=None, seed=seed, **arguments)  # type: ignore[arg-type]
-    return subject.run(solvers.trace_function, progress, strict_data, f=f, seed=seed, strict=strict, **arguments)
+    return subject.run(solvers.trace_function, progress, strict_data, resume, f=f, seed=seed, strict=strict, **arguments)
 
 
 class _Subject:
@@ -173,6 +190,8 @@ class _Subject:
         reduction: str,
         bn: str | None,
         dropout: str | None,
+        operator: str,
+        backend: str,
         memory: str | int,
         seed: int,
         preflight: str,
@@ -186,14 +205,31 @@ class _Subject:
             reduction=reduction,
             bn=bn,
             dropout=dropout,
+            operator=operator,
+            backend=backend,
             memory=memory,
             seed=seed,
             preflight=preflight,
         )
 
-    def run(self, solver: Callable[..., Estimate], progress: bool | None, strict_data: bool, **arguments: Any) -> Estimate:
+    def run(
+        self,
+        solver: Callable[..., Estimate],
+        progress: bool | None,
+        strict_data: bool,
+        resume: str | os.PathLike[str] | None,
+        **arguments: Any,
+    ) -> Estimate:
         """Preflight, then the solver, in a mode whose tensors outlive the caller's inference mode."""
         check = checked(self.operator, preflight=self.preflight, strict_data=strict_data, seed=arguments["seed"])
         shown = Progress(progress, self.name.capitalize().replace("_", " "), "value")
-        with shown, torch.inference_mode(False), torch.no_grad():
-            return solver(self.operator, check=check, on_step=shown.on_step, **arguments)
+        logged = recorded(self.operator, resume, self.name, _facts(arguments), may_change=_HOW_LONG)
+        with shown, torch.inference_mode(False), torch.no_grad(), logged as A:
+            return solver(A, check=check, on_step=shown.on_step, **arguments)
+
+
+def _facts(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for a log; vectors stand for the pairs that they belong to."""
+    pairs = arguments.get("pairs")
+    vectors = pairs.V if isinstance(pairs, KrylovSpace) else pairs.eigenvectors if isinstance(pairs, Eigenpairs) else pairs
+    return {**arguments, "pairs": vectors}

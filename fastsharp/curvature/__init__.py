@@ -1,3 +1,5 @@
 """Curvature operators of a model; they know no solver."""
 
+from fastsharp.curvature.finite_sum import FiniteSum as FiniteSum
+from fastsharp.curvature.gauss_newton import GGN as GGN
 from fastsharp.curvature.hessian import Hessian as Hessian

@@ -1,14 +1,18 @@
-"""Hessian-vector products by double backward: the graph of the gradient is built once and, where it fits, kept."""
+"""Hessian- and Gauss-Newton-vector products by double backward: the graph is built once and, where it fits, kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, final
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 
+from fastsharp.curvature.batch_products import BatchProducts, Made, Request
+from fastsharp.curvature.network_output import check_separable, network_output
 from fastsharp.errors import DoubleBackwardError
+from fastsharp.params import ParamLayout
 
 _FIELDS: dict[type, tuple[str, ...]] = {}  # names of saved tensors, by node class
 
@@ -36,7 +40,7 @@ class GradientGraph:
         """H v for v given per parameter; None where the gradient does not depend on the parameters (H = 0)."""
         if not self._outputs:
             return None
-        try:
+        with _named(self._loss_node):
             return torch.autograd.grad(
                 self._outputs,
                 self._params,
@@ -45,42 +49,145 @@ class GradientGraph:
                 allow_unused=True,
                 materialize_grads=True,
             )
-        except RuntimeError as e:
-            if "marked with @once_differentiable" in str(e):
-                raise self.not_twice_differentiable() from e
-            if "derivative for" in str(e) and "is not implemented" in str(e):
-                raise DoubleBackwardError(f"torch has no second derivative here: {e}\nUse another op or kernel in its place.") from e
-            raise
-
-    def nbytes(self, ignore: set[int]) -> int:
-        """Bytes held by the graph: storages saved for backward, each once, those in `ignore` (weights, data) left out."""
-        storages: dict[int, int] = {}
-        for node in self.nodes():
-            for t in _saved(node):
-                storage = t.untyped_storage()
-                if storage.data_ptr() not in ignore:
-                    storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
 
     def nodes(self) -> Iterator[Any]:
         """Every autograd node from which the gradient was computed."""
         roots = [edge.node for edge in self._outputs]
         yield from _walk([*roots, self._loss_node])
 
+    def nbytes(self, ignore: set[int]) -> int:
+        """Bytes held by the graph: storages saved for backward, each once, those in `ignore` (weights, data) left out."""
+        return saved_bytes(self.nodes(), ignore)
+
     def check_twice_differentiable(self) -> None:
         """DoubleBackwardError where autograd put an Error node: a Function marked @once_differentiable."""
-        if any("Error" in node.name() for node in self.nodes()):
-            raise self.not_twice_differentiable()
+        check_nodes(self.nodes(), self._loss_node)
 
-    def not_twice_differentiable(self) -> DoubleBackwardError:
-        """The error for such a graph, with the names of the Functions that can be meant."""
-        custom = [node for node in _walk([self._loss_node]) if hasattr(node, "_forward_cls")]
-        marked = [node for node in custom if _qualified_name(node._forward_cls.backward).startswith("once_differentiable")]
-        names = ", ".join(dict.fromkeys(node._forward_cls.__name__ for node in (marked or custom))) or "a custom autograd.Function"
-        return DoubleBackwardError(
-            f"{names} has no second derivative: its backward is marked @once_differentiable.\n"
-            "Write its backward with differentiable torch operations, or replace the function."
-        )
+
+class GaussNewtonGraph:
+    """J' H_L J with z = f(theta), J = dz / d theta and H_L = d^2 loss / dz^2, by graphs that are built once.
+
+    J'u is linear in u, so its derivative with respect to u is J: J v takes one backward pass through the graph of J'u.
+    A product costs 4U and the loss: 2U for J v, 2U for J' w.
+    """
+
+    def __init__(self, loss: torch.Tensor, output: torch.Tensor, params: Sequence[torch.Tensor]) -> None:
+        self._params = params
+        self._output = get_gradient_edge(output)
+        self._loss_node = loss.grad_fn
+        self._z = output
+        (slope,) = torch.autograd.grad(loss, output, create_graph=True, allow_unused=True, materialize_grads=True)
+        self._slope = get_gradient_edge(slope) if slope.requires_grad else None  # None: the loss is linear in z
+        grads = torch.autograd.grad(output, params, slope.detach(), retain_graph=True, allow_unused=True)
+        self.unused = tuple(i for i, g in enumerate(grads) if g is None)
+        self.not_finite = tuple(i for i, g in enumerate(grads) if g is not None and not bool(torch.isfinite(g).all()))
+        self._dual = torch.zeros_like(output, requires_grad=True)
+        pulled = torch.autograd.grad(output, params, self._dual, create_graph=True, allow_unused=True)
+        self._active = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        self._pulled = [get_gradient_edge(pulled[i]) for i in self._active]
+
+    def product(self, tangent: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+        """J' H_L J v for v given per parameter; None where it is zero."""
+        if self._slope is None or not self._pulled:
+            return None
+        with _named(self._loss_node):
+            tangents = [tangent[i] for i in self._active]
+            (pushed,) = torch.autograd.grad(self._pulled, self._dual, tangents, retain_graph=True, materialize_grads=True)
+            (curved,) = torch.autograd.grad(self._slope, self._z, pushed, retain_graph=True, materialize_grads=True)
+            return torch.autograd.grad(self._output, self._params, curved, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+    def nodes(self) -> Iterator[Any]:
+        """Every autograd node that products pass through."""
+        roots = [edge.node for edge in self._pulled] + ([] if self._slope is None else [self._slope.node])
+        yield from _walk([*roots, self._loss_node])
+
+    def nbytes(self, ignore: set[int]) -> int:
+        """Bytes held by the graphs, and by the output and its dual."""
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (self._z, self._dual)}
+        return saved_bytes(self.nodes(), ignore | set(own)) + sum(own.values())
+
+    def check_twice_differentiable(self) -> None:
+        """DoubleBackwardError where autograd put an Error node."""
+        check_nodes(self.nodes(), self._loss_node)
+
+
+@final
+class GraphProducts(BatchProducts):
+    """Products by vector-Jacobian products through a kept graph, one vector after the other."""
+
+    def __init__(self, graph: GradientGraph | GaussNewtonGraph, layout: ParamLayout) -> None:
+        self._graph, self._layout = graph, layout
+        self.unused, self.not_finite = graph.unused, graph.not_finite
+
+    def add_products(self, V: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+        for v, total in zip(V, out, strict=True):
+            product = self._graph.product(self._layout.views(v))
+            if product is not None:
+                torch._foreach_add_(self._layout.views(total), list(product), alpha=scale)
+
+    def nbytes(self, ignore: set[int]) -> int:
+        return self._graph.nbytes(ignore)
+
+    def check_twice_differentiable(self) -> None:
+        self._graph.check_twice_differentiable()
+
+
+def graph_products(request: Request) -> Made:
+    """Products of any model that torch can differentiate twice."""
+    objective = request.objective
+    # no cache: it may hold casts that were made without a graph
+    with torch.autocast(objective.device.type, torch.bfloat16, enabled=request.bf16, cache_enabled=False):
+        value = objective.evaluate(request.index, request.batch)
+    selection = objective.selection
+    graph: GradientGraph | GaussNewtonGraph
+    if request.gauss:
+        output = network_output(value)
+        check_separable(value.loss, output, selection.params, selection.names)
+        graph = GaussNewtonGraph(value.loss, output, selection.params)
+    else:
+        graph = GradientGraph(value.loss, selection.params)
+    return Made(GraphProducts(graph, selection.layout), value.scale, value.count)
+
+
+def saved_bytes(nodes: Iterator[Any], ignore: set[int]) -> int:
+    """Bytes of the storages that these nodes saved for backward, each once."""
+    storages: dict[int, int] = {}
+    for node in nodes:
+        for t in _saved(node):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in ignore:
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def check_nodes(nodes: Iterator[Any], loss_node: Any) -> None:
+    """DoubleBackwardError where autograd put an Error node: a Function marked @once_differentiable."""
+    if any("Error" in node.name() for node in nodes):
+        raise _not_twice_differentiable(loss_node)
+
+
+@contextmanager
+def _named(loss_node: Any) -> Iterator[None]:
+    """torch's errors about missing second derivatives as DoubleBackwardError."""
+    try:
+        yield
+    except RuntimeError as e:
+        if "marked with @once_differentiable" in str(e):
+            raise _not_twice_differentiable(loss_node) from e
+        if "derivative for" in str(e) and "is not implemented" in str(e):
+            raise DoubleBackwardError(f"torch has no second derivative here: {e}\nUse another op or kernel in its place.") from e
+        raise
+
+
+def _not_twice_differentiable(loss_node: Any) -> DoubleBackwardError:
+    """The error for such a graph, with the names of the Functions that can be meant."""
+    custom = [node for node in _walk([loss_node]) if hasattr(node, "_forward_cls")]
+    marked = [node for node in custom if _qualified_name(node._forward_cls.backward).startswith("once_differentiable")]
+    names = ", ".join(dict.fromkeys(node._forward_cls.__name__ for node in (marked or custom))) or "a custom autograd.Function"
+    return DoubleBackwardError(
+        f"{names} has no second derivative: its backward is marked @once_differentiable.\n"
+        "Write its backward with differentiable torch operations, or replace the function."
+    )
 
 
 def _walk(roots: Sequence[Any]) -> Iterator[Any]:

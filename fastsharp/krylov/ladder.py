@@ -91,7 +91,7 @@ def ladder(
     probed = needs_probes(exact, check)
     if probed:
         with no_pairs_yet():
-            probe(exact, request.seed)
+            probe(exact, request.seed, "lanczos")
     plan = make_plan(exact.n, exact.dtype, exact.device, request, memory, host_memory)
     if on_plan is not None:
         on_plan(plan)

@@ -96,7 +96,7 @@ def lanczos(
         probed = needs_probes(operator, check)
         if probed:
             with no_pairs_yet():
-                probe(operator, request.seed)
+                probe(operator, request.seed, "lanczos")
         plan = make_plan(operator.n, operator.dtype, operator.device, request, memory, host_memory)
         if on_plan is not None:
             on_plan(plan)

@@ -64,7 +64,7 @@ def density(
     try:
         operator.check_unchanged()
         if extra:
-            probe(operator, seed)
+            probe(operator, seed, "density")
         starts = torch.empty((probes, operator.n), dtype=operator.dtype, device=operator.device)
         ops.probes(kind, out=starts, seed=seed)
         squares = [norm(z) ** 2 for z in starts]

@@ -115,7 +115,7 @@ def spectrum(
     try:
         operator.check_unchanged()
         if needs_probes(operator, check):
-            probe(operator, seed)
+            probe(operator, seed, "spectrum")
             run.probed = PROBE_PRODUCTS
         run.iterate(on_step)
         run.estimate(Target(rtol, None, confidence), max_products, on_step)

@@ -33,8 +33,8 @@ def needs_probes(operator: SymmetricOperator, check: str) -> bool:
     return check == "on" or (check == "auto" and not isinstance(operator, DenseOperator))
 
 
-def probe(operator: SymmetricOperator, seed: int) -> None:
-    """Three symmetry pairs and one repeated product: 4 matvecs.
+def probe(operator: SymmetricOperator, seed: int, name: str) -> None:
+    """Three symmetry pairs and one repeated product: 4 matvecs; `name` is the call that messages begin with.
 
     Raises NotSymmetricError, NondeterministicOperatorError or NonFiniteError, each with the numbers seen.
     """
@@ -43,7 +43,7 @@ def probe(operator: SymmetricOperator, seed: int) -> None:
     HU = operator.apply(U)
     size = largest(HU)
     if not math.isfinite(size):
-        raise NonFiniteError("lanczos: a product of the operator with a random probe contains NaN or Inf. Check the matrix or callable.")
+        raise NonFiniteError(f"{name}: a product of the operator with a random probe contains NaN or Inf. Check the matrix or callable.")
     again = operator.apply(U[:1])[0]
     scale(HU, -exponent(size))
     scale(again, -exponent(size))
@@ -52,14 +52,14 @@ def probe(operator: SymmetricOperator, seed: int) -> None:
     difference, first = norm(again - HU[0]), norm(HU[0])  # NaN in `again` alone fails the test below
     if not difference <= (0.0 if operator.device.type == "cpu" else _REPEAT_GATE * eps * first):
         raise NondeterministicOperatorError(
-            f"lanczos: two products with the same vector differ by {difference / first if first else math.inf:.2g} of their norm.\n"
-            "Lanczos needs one fixed matrix: fix the data order, seeds, dropout masks and batch statistics."
+            f"{name}: two products with the same vector differ by {difference / first if first else math.inf:.2g} of their norm.\n"
+            "A run needs one fixed matrix: fix the data order, seeds, dropout masks and batch statistics."
         )
     size = max(norm(u) for u in U) * max(norm(h) for h in HU)
     defect = max(abs(dot(U[i], HU[j]) - dot(U[j], HU[i])) for i, j in ((0, 1), (0, 2), (1, 2)))
     if defect > _SYMMETRY_GATE * eps * size:
         raise NotSymmetricError(
-            f"lanczos: |u'Hv - v'Hu| is {defect / size:.2g} ||u|| ||Hv|| for random u and v, "
+            f"{name}: |u'Hv - v'Hu| is {defect / size:.2g} ||u|| ||Hv|| for random u and v, "
             f"beyond rounding ({_SYMMETRY_GATE * eps:.2g}).\n"
             "Pass the symmetric part (A + A') / 2 if it is meant, or check the product."
         )

@@ -253,7 +253,7 @@ def _guarded(
     operator.check_unchanged()
     with keeping(name, lambda: state[0].partial() if state else None):
         if needs_probes(operator, check):
-            probe(operator, seed)
+            probe(operator, seed, name)
             products.count += PROBE_PRODUCTS
         result = run()
     operator.check_unchanged()

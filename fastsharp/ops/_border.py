@@ -121,7 +121,7 @@ def address(t: Tensor) -> int:
     return t.data_ptr()
 
 
-def call(kernel: Callable[..., None], *args: int) -> None:
+def call(kernel: Callable[..., None], *args: object) -> None:
     """Run a native function; a failure that it reports becomes a KernelError that names it."""
     try:
         kernel(*args)

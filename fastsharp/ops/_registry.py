@@ -13,21 +13,44 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastsharp.errors import InputError, KernelError
 from fastsharp.ops import _border
+from fastsharp.ops._mlp_native import native_mlp
+from fastsharp.ops.reference import dual as dual_reference
 from fastsharp.ops.reference import krylov as reference
+from fastsharp.ops.reference import mlp as reference_mlp
+
+if TYPE_CHECKING:
+    from fastsharp.ops.mlp import Primal, Product
 
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _KINDS = {"rademacher": 0, "normal": 1}
 
 
 @dataclass(frozen=True)
+class Dual:
+    """The dual ops of one implementation, called as those of `fastsharp.ops.reference.dual`."""
+
+    activation_prepare: Callable[[str, dual_reference.Parameters, Tensor, Tensor | None, Tensor, Tensor | None], None]
+    activation_tangent: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+    activation_adjoint: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None], None]
+    norm_prepare: Callable[[Tensor, float, bool, Tensor], None]
+    norm_tangent: Callable[[dual_reference.Norm, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor], None]
+    norm_adjoint: Callable[
+        [dual_reference.Norm, Tensor | None, dual_reference.Second | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None], None
+    ]
+    softmax_gradient: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor | None, Tensor | None], None]
+    softmax_product: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
 class Backend:
-    """One implementation of every op, called as those of `fastsharp.ops.reference.krylov`, on checked tensors."""
+    """One implementation of every op, called as those of `fastsharp.ops.reference`, on checked tensors."""
 
     name: str
     device_types: tuple[str, ...]  # empty: all
@@ -36,6 +59,8 @@ class Backend:
     update: Callable[[Tensor, Tensor, Tensor, reference.Row | None, Tensor], None]
     combine: Callable[[Tensor, Tensor, Tensor], None]
     probes: Callable[[str, int, int, Tensor], None]
+    dual: Dual
+    mlp: Callable[[Primal], tuple[Product, int]] = reference_mlp.mlp
 
     def takes(self, device: torch.device) -> bool:
         """True when tensors on this device can be handed to it."""
@@ -43,7 +68,10 @@ class Backend:
 
 
 _forced: ContextVar[Backend | None] = ContextVar("fastsharp_backend", default=None)
-_REFERENCE = Backend("reference", (), reference.alpha, reference.dots, reference.update, reference.combine, reference.probes)
+_REFERENCE = Backend(
+    "reference", (), reference.alpha, reference.dots, reference.update, reference.combine, reference.probes,
+    Dual(**{op: getattr(dual_reference, op) for op in Dual.__dataclass_fields__}),
+)  # fmt: skip
 
 
 @cache
@@ -102,6 +130,8 @@ def force(backend: str | Backend) -> Iterator[Backend]:
 
 def _native_backend(name: str, module: ModuleType) -> Backend:
     """The ops of a native module: addresses, sizes and strides go in, and a workspace for the partial sums."""
+    from fastsharp.ops import _native_dual  # which takes Dual from here
+
     place = _cpu_place if name == "cpu" else _cuda_place
     at, call = _border.address, _border.call
     kernels = {op: {d: getattr(module, f"{op}_{suffix}") for d, suffix in _SUFFIX.items()} for op in ("dots", "update", "combine")}
@@ -139,7 +169,11 @@ def _native_backend(name: str, module: ModuleType) -> Backend:
         b, n = out.shape
         call(kernels["probes"][out.dtype], _KINDS[kind], seed & 2**64 - 1, first, *_rows(out, 1), b, n, *place(out.device))
 
-    return Backend(name, (name,), alpha, dots, update, combine, probes)
+    def mlp(primal: Primal) -> tuple[Product, int]:
+        return native_mlp(module, primal) if name == "cpu" else reference_mlp.mlp_same_dtype(primal)
+
+    dual = _native_dual.ops(module, place) if name == "cpu" else _REFERENCE.dual  # no CUDA kernels of these yet: torch's own
+    return Backend(name, (name,), alpha, dots, update, combine, probes, dual, mlp)
 
 
 def _rows(t: Tensor | None, strides: int) -> tuple[int, ...]:

@@ -128,15 +128,15 @@ def test_graphs_of_both_operators_share_one_budget():
     full = hessian("mlp_tanh", torch.float32)
     v = torch.randn(full.n)
     full @ v
-    budget = int(1.5 * full._graph_bytes) + full.objective.batches.nbytes
+    budget = int(1.5 * full._kept_bytes) + full.objective.batches.nbytes
     H = hessian("mlp_tanh", torch.float32, memory=budget)
     cheap = H.cheap("bf16")
     cheap @ v, H @ v
-    assert cheap._graph_bytes > 0 and H._graph_bytes + cheap._graph_bytes <= H.objective.graph_budget
-    assert len(H._graphs) < len(full._graphs)
+    assert cheap._kept_bytes > 0 and H._kept_bytes + cheap._kept_bytes <= H.objective.graph_budget
+    assert len(H._kept) < len(full._kept)
     del cheap  # its graphs are gone, and with them its share
     H.refresh() @ v
-    assert len(H._graphs) == len(full._graphs)
+    assert len(H._kept) == len(full._kept)
 
 
 def test_weights_are_watched_and_taken_anew_together():

@@ -19,7 +19,7 @@ def graph_bytes(name: str) -> int:
     n = net(name)
     hessian = fastsharp.Hessian(n.model, n.batches, n.loss_fn)
     hessian @ torch.ones(hessian.n, dtype=torch.float64)
-    return hessian._graph_bytes
+    return hessian._kept_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -35,7 +35,7 @@ def test_kept_recomputed_and_streamed_products_are_bitwise_equal(name, dtype):
     assert torch.equal(kept.apply(V), first)  # the second product is the first on kept graphs
     for operator in (recomputed, streamed):
         assert torch.equal(operator.apply(V), first) and torch.equal(operator.apply(V), first)
-    assert len(kept._graphs) == len(n.batches) and len(recomputed._graphs) < len(n.batches) and not streamed._graphs
+    assert len(kept._kept) == len(n.batches) and len(recomputed._kept) < len(n.batches) and not streamed._kept
     assert any("keep" in note or "kept their graph" in note for note in recomputed.notes)
     assert any("read anew" in note for note in streamed.notes)
 
@@ -53,12 +53,12 @@ def test_graphs_are_kept_up_to_the_budget(share):
     batches = cut((torch.randn(60, 6, dtype=torch.float64), torch.arange(60) % 3), (10,) * 6)
     full = fastsharp.Hessian(model, batches)
     full @ torch.ones(full.n, dtype=torch.float64)
-    budget = int(full._graph_bytes * share)
+    budget = int(full._kept_bytes * share)
     some = fastsharp.Hessian(model, batches, memory=budget + full.objective.batches.nbytes)
     v = torch.randn(some.n, dtype=torch.float64)
     assert torch.equal(some @ v, full @ v)
-    assert 0 < len(some._graphs) < 6 and some._graph_bytes <= budget
-    assert len(some._graphs) == int(6 * share)  # six graphs of equal size
+    assert 0 < len(some._kept) < 6 and some._kept_bytes <= budget
+    assert len(some._kept) == int(6 * share)  # six graphs of equal size
 
 
 def test_the_size_of_a_graph_is_what_it_saves():

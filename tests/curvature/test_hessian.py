@@ -127,8 +127,8 @@ def test_a_selection_is_a_principal_submatrix():
 
 def _forget_last_scale(operator: fastsharp.Hessian) -> None:
     operator @ torch.ones(operator.n, dtype=operator.dtype)  # builds and keeps the graphs
-    last = max(operator._graphs)
-    operator._graphs[last] = (operator._graphs[last][0], 1.0)
+    last = max(operator._kept)
+    operator._kept[last] = (operator._kept[last][0], 1.0)
 
 
 def _zero_one_block(operator: fastsharp.Hessian) -> None:
@@ -149,13 +149,13 @@ def _sum_for_mean(operator: fastsharp.Hessian) -> None:
 
 def _average_over_batches(operator: fastsharp.Hessian) -> None:
     operator @ torch.ones(operator.n, dtype=operator.dtype)
-    operator._graphs = {i: (graph, 1.0) for i, (graph, _) in operator._graphs.items()}
-    operator._denominator = float(len(operator._graphs))
+    operator._kept = {i: (graph, 1.0) for i, (graph, _) in operator._kept.items()}
+    operator._denominator = float(len(operator._kept))
 
 
 def _forget_a_batch(operator: fastsharp.Hessian) -> None:
     operator @ torch.ones(operator.n, dtype=operator.dtype)
-    operator._graphs.pop(1)
+    operator._kept.pop(1)
 
 
 @pytest.mark.parametrize("mutate", [_forget_last_scale, _zero_one_block, _sum_for_mean, _average_over_batches, _forget_a_batch])

@@ -253,7 +253,7 @@ def test_symmetry_probes_raise_no_false_alarm_on_symmetric_float32_products() ->
 
     for product in products.values():
         for seed in range(20):
-            probe(CallableOperator(product, n), seed)
+            probe(CallableOperator(product, n), seed, "test")
 
 
 @dtypes

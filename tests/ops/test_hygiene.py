@@ -93,3 +93,20 @@ def test_every_op_has_its_column() -> None:
         for path in ("fastsharp/ops/reference/krylov.py", "csrc/include/fastsharp/krylov.hpp", "csrc/cpu/krylov.cpp", f"csrc/cuda/{op}.cu",
                      "tests/ops/test_krylov.py", "bench/bench_krylov.py"):  # fmt: skip
             assert re.search(rf"\b{op}\b", (ROOT / path).read_text(encoding="utf-8")), f"{op} is missing in {path}"
+
+
+def test_every_dual_op_has_its_column() -> None:
+    """Reference, CPU module, tests and bench; CUDA and Triton have none of these yet."""
+    texts = {
+        p: (ROOT / p).read_text(encoding="utf-8") for p in ("tests/ops/test_dual.py", "tests/ops/dual_cases.py", "bench/bench_dual.py")
+    }
+    for op in _registry.Dual.__dataclass_fields__:
+        header = {"activation": "dual_activation", "norm": "dual_norm", "softmax": "dual_softmax_ce"}[op.split("_")[0]]
+        for path in (
+            "fastsharp/ops/dual.py",
+            "fastsharp/ops/reference/dual.py",
+            f"csrc/include/fastsharp/{header}.hpp",
+            f"csrc/cpu/{header}.cpp",
+        ):
+            assert re.search(rf"\b{op}\b", (ROOT / path).read_text(encoding="utf-8")), f"{op} is missing in {path}"
+        assert any(re.search(rf"\b{op}\b", text) for text in texts.values()), f"{op} is not tested"

@@ -9,12 +9,21 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from fastsharp.ops._registry import Backend
+from fastsharp.errors import KernelError
+from fastsharp.ops._registry import Backend, Dual
 from fastsharp.ops.reference.krylov import Removed, Row
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise KernelError("the dual ops have no Triton kernels. Use force('reference'), or leave the choice to the tensors' device.")
+
+
+_NO_DUAL = Dual(**dict.fromkeys(Dual.__dataclass_fields__, _refuse))
 
 
 def backend() -> Backend | str:
@@ -23,11 +32,11 @@ def backend() -> Backend | str:
         return "triton is not installed"
     interpreted = _interpreted()
     if interpreted:
-        return Backend("triton", ("cuda", "cpu"), _alpha, _dots, _update, _combine, _probes)
+        return Backend("triton", ("cuda", "cpu"), _alpha, _dots, _update, _combine, _probes, _NO_DUAL)
     if not torch.cuda.is_available():
         late = "triton was imported before TRITON_INTERPRET=1 was set, and " if os.environ.get("TRITON_INTERPRET") == "1" else ""
         return f"{late}torch sees no GPU (TRITON_INTERPRET=1 in the environment runs the kernels in triton's interpreter)"
-    return Backend("triton", ("cuda",), _alpha, _dots, _update, _combine, _probes)
+    return Backend("triton", ("cuda",), _alpha, _dots, _update, _combine, _probes, _NO_DUAL)
 
 
 def _interpreted() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 import fastsharp.curvature.rop.rules  # noqa: F401
 from fastsharp.curvature.rop.rule import RULES, Call, Part

@@ -1,7 +1,7 @@
-"""One rule per ATen call; importing this package fills the table."""
+"""The rules, one file per family of ATen calls; importing this package fills `rule.RULES`."""
 
-import importlib
-import pkgutil
+from importlib import import_module
+from pkgutil import iter_modules
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")

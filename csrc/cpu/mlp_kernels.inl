@@ -1,0 +1,108 @@
+// The tangent passes over one tile of samples, for one instruction set; see levels.inl.
+
+namespace fastsharp::cpu::FS_LEVEL {
+
+namespace {
+
+#include "registers.inl"
+
+#include "mlp_gemm.inl"
+
+// to (columns, ldt) <- from (rows, kSamples)', the first `columns` of each row.
+template <class T> FS_TARGET void transpose(const T* from, i64 rows, i64 columns, T* to, i64 ldt) {
+    constexpr i64 kBlock = 16;
+    for (i64 r = 0; r < rows; r += kBlock) {
+        const i64 end = rows - r < kBlock ? rows : r + kBlock;
+        for (i64 c = 0; c < columns; ++c) {
+            for (i64 i = r; i < end; ++i)
+                to[c * ldt + i] = from[i * kSamples<T> + c];
+        }
+    }
+}
+
+// y <- f y + c z over rows of `lanes` numbers; no c: y <- f y.
+template <class T> FS_TARGET void scaled(const T* f, const T* c, const T* z, T* y, i64 rows, i64 lanes) {
+    for (i64 r = 0; r < rows; ++r) {
+        for (i64 i = 0; i < lanes; i += kWidth<T>) {
+            const i64 k = r * kSamples<T> + i;
+            Vec<T> value = load<Vec<T>>(f + k) * load<Vec<T>>(y + k);
+            if (c != nullptr)
+                value += load<Vec<T>>(c + k) * load<Vec<T>>(z + k);
+            __builtin_memcpy(y + k, &value, sizeof value);
+        }
+    }
+}
+
+template <class T> FS_TARGET void loss_hessian(const Tile<T>& t, MlpLoss loss, T* u, i64 classes) {
+    for (i64 i = 0; i < t.lanes; i += kWidth<T>) {
+        const auto w = load<Vec<T>>(t.w + i);
+        Vec<T> mean{};
+        if (loss == MlpLoss::cross_entropy) {
+            for (i64 k = i; k < classes * kSamples<T>; k += kSamples<T>)
+                mean += load<Vec<T>>(t.p + k) * load<Vec<T>>(u + k);
+        }
+        for (i64 k = i; k < classes * kSamples<T>; k += kSamples<T>) {
+            Vec<T> value = w * (load<Vec<T>>(u + k) - mean);
+            if (loss == MlpLoss::cross_entropy)
+                value *= load<Vec<T>>(t.p + k);
+            __builtin_memcpy(u + k, &value, sizeof value);
+        }
+    }
+}
+
+template <class T> FS_TARGET void row_sums(const T* y, i64 rows, i64 lanes, T* out, bool add) {
+    for (i64 r = 0; r < rows; ++r) {
+        Vec<T> sums{};
+        for (i64 i = 0; i < lanes; i += kWidth<T>)
+            sums += load<Vec<T>>(y + r * kSamples<T> + i);
+        T total = 0;
+        for (i64 k = 0; k < kWidth<T>; ++k)
+            total += sums[k];
+        out[r] = add ? out[r] + total : total;
+    }
+}
+
+template <class T>
+FS_TARGET void product_of_tile(const MlpShape& s, bool gauss, const Tile<T>& t, const Buffers<T>& b, const T* W, const T* V, T* out, bool add) {
+    constexpr i64 S = kSamples<T>;
+    const Term<T> none{};
+    T *y = b.y, *next = b.other;
+    for (i64 l = 1; l <= s.layers; ++l) {
+        const i64 in = s.widths[l - 1], width = s.widths[l], at = s.weights[l - 1];
+        const T* v = s.biases[l - 1] < 0 ? nullptr : V + s.biases[l - 1];
+        T* z = l == s.layers ? y : s.curved ? b.z[l] : b.a[l];
+        gemm<T>({V + at, in, 1, t.a[l - 1], S, in}, l == 1 ? none : Term<T>{W + at, in, 1, b.a[l - 1], S, in}, v, z, S, width, t.lanes,
+                false);
+        if (l == s.layers)
+            break;
+        if (s.curved)
+            __builtin_memcpy(b.a[l], z, static_cast<std::size_t>(width * S) * sizeof(T));
+        scaled<T>(t.f[l], nullptr, nullptr, b.a[l], width, t.lanes);
+        if (!gauss)
+            transpose(b.a[l], width, t.count, b.transposed[l], padded<T>(width));
+    }
+    loss_hessian(t, s.loss, y, s.widths[s.layers]);
+    for (i64 l = s.layers; l >= 1; --l) {
+        const i64 in = s.widths[l - 1], width = s.widths[l], at = s.weights[l - 1], ld = padded<T>(in);
+        const bool both = l > 1 && !gauss;
+        gemm<T>({y, S, 1, t.transposed[l - 1], ld, t.count}, both ? Term<T>{t.y[l], S, 1, b.transposed[l - 1], ld, t.count} : none, nullptr,
+                out + at, in, width, in, add);
+        if (s.biases[l - 1] >= 0)
+            row_sums(y, width, t.lanes, out + s.biases[l - 1], add);
+        if (l == 1)
+            break;
+        gemm<T>({W + at, 1, in, y, S, width}, gauss ? none : Term<T>{V + at, 1, in, t.y[l], S, width}, nullptr, next, S, in, t.lanes, false);
+        const bool curved = s.curved && !gauss;
+        scaled<T>(t.f[l - 1], curved ? t.c[l - 1] : nullptr, curved ? b.z[l - 1] : nullptr, next, in, t.lanes);
+        T* used = y;
+        y = next;
+        next = used;
+    }
+}
+
+} // namespace
+
+template <class T> inline constexpr TileProduct<T> kTileProduct = product_of_tile<T>;
+template <class T> inline constexpr i64 kRegister = kWidth<T>;
+
+} // namespace fastsharp::cpu::FS_LEVEL

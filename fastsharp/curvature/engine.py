@@ -1,0 +1,56 @@
+"""Products of one batch by the R-operator: `rop` behind the interface of a backend."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+
+from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
+from fastsharp.curvature.network_output import check_separable, network_output
+from fastsharp.curvature.rop.linearise import Linearised
+from fastsharp.curvature.rop.tape import Unrecorded, record
+from fastsharp.losses import Value
+from fastsharp.params import ParamLayout
+
+
+def tape_products(request: Request) -> Made:
+    """Products of any model whose evaluation can be recorded call by call; Unavailable with the reason elsewhere."""
+    if request.bf16:
+        raise Unavailable("bfloat16 products are autograd's")
+    objective, selection = request.objective, request.objective.selection
+    values: list[Value] = []
+
+    def evaluate() -> tuple[torch.Tensor | None, torch.Tensor]:
+        value = objective.evaluate(request.index, request.batch)
+        output = network_output(value) if request.gauss else None
+        if output is not None:
+            check_separable(value.loss, output, selection.params, selection.names)
+        values.append(value)
+        return output, value.loss
+
+    try:
+        tape = record(evaluate, selection.params, modules=objective.model)
+    except Unrecorded as reason:
+        raise Unavailable(f"the engine cannot record {reason}") from None
+    value = values.pop()
+    return Made(TapeProducts(Linearised(tape), selection.layout, request.gauss), value.scale, value.count)
+
+
+@final
+class TapeProducts(BatchProducts):
+    """Products by a linearised tape: 6U a vector for the Hessian, 4U for the Gauss-Newton matrix."""
+
+    def __init__(self, linearised: Linearised, layout: ParamLayout, gauss: bool) -> None:
+        self._linearised, self._layout, self._gauss = linearised, layout, gauss
+        self.unused = linearised.unused
+        self.islands = linearised.islands
+        gradient = linearised.gradient or ()
+        self.not_finite = tuple(i for i, g in enumerate(gradient) if g is not None and not bool(torch.isfinite(g).all()))
+        linearised.gradient = None  # n numbers a batch would outweigh a small tape
+
+    def add_products(self, V: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+        self._linearised.product(self._layout.rows(V), self._layout.rows(out), scale=scale, gauss=self._gauss)
+
+    def nbytes(self, ignore: set[int]) -> int:
+        return self._linearised.nbytes(ignore)

@@ -1,0 +1,89 @@
+"""Operators of E nets of one architecture, each at its own weights and on data of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fastsharp.curvature.batch_products import Unavailable
+from fastsharp.curvature.finite_sum import FiniteSum
+from fastsharp.curvature.mlp import Recognised, recognised
+from fastsharp.errors import InputError
+from fastsharp.operator import EnsembleOperator
+from fastsharp.ops import mlp
+
+
+@final
+class GenericEnsemble(EnsembleOperator):
+    """Any operators of one dimension, dtype and device, member by member: E products where a native ensemble needs one call."""
+
+    def __init__(self, operators: Sequence[FiniteSum]) -> None:
+        _check_alike(operators)
+        super().__init__(len(operators), operators[0].n, operators[0].dtype, operators[0].device)
+        self._operators = tuple(operators)
+
+    def check_unchanged(self) -> None:
+        for operator in self._operators:
+            operator.check_unchanged()
+
+    def _apply(self, V: Tensor, member: Tensor, out: Tensor) -> None:
+        for e in sorted(set(member.tolist())):
+            rows = (member == e).nonzero()[:, 0].to(V.device)
+            out[rows] = self._operators[e].apply(V[rows])
+
+
+@final
+class MlpEnsemble(EnsembleOperator):
+    """E plain fully connected nets of one architecture, one batch of equally many samples each: all products in one native call.
+
+    A product reads the weights of construction. `check_unchanged` raises StaleOperatorError once a model or its data have changed.
+    Raises Unavailable, with the number of the member and the reason, where the kernel does not apply.
+    """
+
+    def __init__(self, operators: Sequence[FiniteSum]) -> None:
+        _check_alike(operators)
+        super().__init__(len(operators), operators[0].n, operators[0].dtype, operators[0].device)
+        self._operators = tuple(operators)
+        self._gauss = operators[0].kind == "ggn"
+        found = [self._one(e) for e in range(self.E)]
+        net, samples = found[0].net, len(found[0].x)
+        for e, f in enumerate(found):
+            if f.net != net or len(f.x) != samples:
+                raise Unavailable(f"member {e}: {f.net.widths} with {len(f.x)} samples, member 0 is {net.widths} with {samples}")
+        parts = ([f.theta for f in found], [f.x for f in found], [f.target for f in found], [f.weight for f in found])
+        self._prepared = mlp.prepare(net, *(torch.stack(part) for part in parts))
+        for e, (f, own) in enumerate(zip(found, self._prepared.primal.value.tolist(), strict=True)):
+            if not f.agrees(own):
+                raise Unavailable(f"member {e}: the recognised net has the loss {own:.6g}, the model {f.loss:.6g}")
+
+    def check_unchanged(self) -> None:
+        for operator in self._operators:
+            operator.check_unchanged()
+
+    def _one(self, e: int) -> Recognised:
+        objective = self._operators[e].objective
+        batches = list(objective.batches)
+        if len(batches) != 1:
+            raise Unavailable(f"member {e}: the data are {len(batches)} batches, expected one")
+        with objective.quiet():
+            try:
+                found = recognised(objective, *batches[0])
+            except Unavailable as reason:
+                raise Unavailable(f"member {e}: {reason}") from reason
+        return found
+
+    def _apply(self, V: Tensor, member: Tensor, out: Tensor) -> None:
+        self._prepared.product(V, member=member, out=out, gauss=self._gauss)
+
+
+def _check_alike(operators: Sequence[FiniteSum]) -> None:
+    if not operators:
+        raise InputError("an ensemble has no members. Pass at least one operator.")
+    first = operators[0]
+    for e, other in enumerate(operators):
+        mine, theirs = (first.n, first.dtype, first.device, first.kind), (other.n, other.dtype, other.device, other.kind)
+        if mine != theirs:
+            raise InputError(f"member {e} of the ensemble is {theirs}, member 0 is {mine}: (n, dtype, device, operator) must be the same.")

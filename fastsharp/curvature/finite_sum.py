@@ -1,0 +1,298 @@
+"""A curvature matrix of a loss over data as a weighted sum of the batches' matrices."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from abc import abstractmethod
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastsharp.batches import tensors_of
+from fastsharp.curvature.backends import BACKENDS, MAKERS, candidates
+from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
+from fastsharp.errors import (
+    DeviceError,
+    DisconnectedLossError,
+    DtypeError,
+    EngineError,
+    InputError,
+    StaleOperatorError,
+    UnusedParamWarning,
+    listing,
+    stacklevel,
+)
+from fastsharp.locate import non_finite_gradient
+from fastsharp.objective import Objective
+from fastsharp.operator import BF16_NOISE, TF32_NOISE, SymmetricOperator
+from fastsharp.params import ParamLayout, Selector
+
+_NOISE = {"bf16": BF16_NOISE, "tf32": TF32_NOISE}
+Own = TypeVar("Own", bound="FiniteSum")
+
+
+class FiniteSum(SymmetricOperator):
+    """A = sum_b scale_b A_b / sum_b count_b over frozen batches, at the weights of construction; subclasses say which A_b is meant.
+
+    Products of a batch come from a backend; batches are linearised in the first product and kept where memory allows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Any,
+        loss_fn: Any = None,
+        *,
+        params: Selector = None,
+        reduction: str = "auto",
+        bn: str | None = None,
+        dropout: str | None = None,
+        backend: str = "auto",
+        memory: str | int = "auto",
+        seed: int = 0,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise InputError(f"backend={backend!r} is none of {', '.join(map(repr, BACKENDS))}.")
+        self.objective = Objective(
+            model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed
+        )
+        super().__init__(self.objective.selection.layout.n, self.objective.dtype, self.objective.device)
+        self.preflight: dict[str, Any] = {"level": "off"}
+        self._options = {"bn": bn, "dropout": dropout, "memory": memory}
+        self._candidates = candidates(backend)  # backends to be used, the first of them at present
+        self._refusals: list[str] = []  # why an earlier candidate was left
+        self._precision: str | None = None  # of cheap products; None: the parameters' dtype
+        self._relatives: weakref.WeakSet[FiniteSum] = weakref.WeakSet()  # operators on this objective: they share its budget
+        self._reset()
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What `operator=` calls this matrix."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The matrix in a sentence: "the Hessian"."""
+
+    def cheap(self: Own, precision: str) -> Own:
+        """The same matrix by cheaper products, for `precision=` of the solvers: its eigenpairs need correction by exact products.
+
+        "bf16"   the forward pass under torch.autocast: weights stay float32, activations and their products are bfloat16; always by
+                 autograd. Measured error of a product: 4e-3 to 2e-2 of its norm on small networks, more beside the kinks of ReLU and
+                 max-pool
+        "tf32"   float32 matrix products and convolutions by TF32 units, CUDA only
+        Data, weights and the watch over them are shared; graphs are kept apart, within one budget. float32 parameters only.
+        Raises InputError, DtypeError, DeviceError.
+        """
+        if precision not in _NOISE:
+            raise InputError(f"precision={precision!r} is none of {', '.join(map(repr, _NOISE))}.")
+        if self.dtype != torch.float32:
+            raise DtypeError(
+                f"precision={precision!r}: the parameters are {self.dtype}, cheap products need float32. Use precision='auto'."
+            )
+        if precision == "tf32" and self.device.type != "cuda":
+            raise DeviceError(f"precision='tf32': the model is on {self.device}, TF32 units are on CUDA devices. Use precision='auto'.")
+        twin = copy.copy(self)
+        twin._precision = precision
+        twin._candidates = candidates("autograd") if precision == "bf16" else list(self._candidates)
+        twin._refusals = []
+        twin._reset()
+        return twin
+
+    @property
+    def noise(self) -> float:
+        return 0.0 if self._precision is None else _NOISE[self._precision]
+
+    @property
+    def backend(self) -> str:
+        """The backend of the products: what "auto" took, as far as batches have been seen."""
+        return self._candidates[0]
+
+    def _reset(self) -> None:
+        self._relatives.add(self)
+        self._records = self.objective.records
+        self._kept: dict[int, tuple[BatchProducts, float]] = {}
+        self._kept_bytes = 0
+        self._all_kept = True
+        self._denominator: float | None = None
+        self._unused: tuple[str, ...] = ()
+        self._islands: dict[str, None] = {}
+
+    def refresh(self: Own) -> Own:
+        """Take the model's present weights; the data stay the frozen ones, the preflight runs anew before a solver. Returns self."""
+        if self._records == self.objective.records:
+            self.objective.record_weights()
+        else:
+            self.objective.check_values()  # another operator on this objective has taken them
+        self.preflight = {"level": "off"}
+        self._reset()
+        return self
+
+    def release(self) -> None:
+        """Drop the kept graphs, and the memory they hold; the next product builds them again."""
+        self._reset()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        notes = self.objective.notes()
+        if self._precision:
+            notes.append(f"products in {self._precision}")
+        notes += [f"products by {self.backend}: {reason}" for reason in self._refusals]
+        if self._islands:
+            notes.append(f"by torch's double backward of one call: {listing(list(self._islands), 4)}")
+        if self._unused:
+            notes.append(f"no gradient path to {', '.join(self._unused)}: their rows of {self.label} are zero")
+        if not self._all_kept:
+            notes.append(
+                f"{len(self._kept)} batches kept their graph; the others exceed the memory budget and are recomputed in every product"
+            )
+        notes.extend(self.preflight.get("notes", ()))
+        if self.preflight["level"] == "off":
+            notes.append("unchecked: preflight='off'")
+        return tuple(notes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "operator": self.kind,
+            "backend": self.backend,
+            "reduction": self.objective.reduction,
+            **self._options,
+            "products": self._precision or str(self.dtype).removeprefix("torch."),
+            "preflight": self.preflight,
+        }
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.objective.provenance()
+
+    @property
+    def layout(self) -> ParamLayout:
+        return self.objective.selection.layout
+
+    def check_unchanged(self) -> None:
+        self.objective.check_values()
+
+    def reserve(self, nbytes: int) -> None:
+        """Leave `nbytes` of the memory budget to a solver's basis: kept graphs get what is left of it."""
+        self.objective.reserve(nbytes)
+
+    def minibatch_products(self, batch: Any, index: Any = 0) -> Made:
+        """Fresh products of one batch, not kept; call inside `objective.quiet()`."""
+        while True:
+            try:
+                return self._make(batch, index)
+            except Unavailable as e:
+                self._fall_back(e)
+
+    def settle_backend(self) -> None:
+        """Let "auto" decide by the first batch, at the cost of linearising it."""
+        if len(self._candidates) > 1 and self._denominator is None:
+            with self.objective.quiet(tf32=self._precision == "tf32"):
+                self.minibatch_products(self.objective.batches.first())
+
+    def _make(self, batch: Any, index: Any) -> Made:
+        if self._precision and self.objective.modes.by_batch():
+            with torch.no_grad():
+                self.objective.evaluate_unchecked(index, batch)  # frozen statistics are those of the exact activations
+        made = MAKERS[self.backend](Request(self.objective, index, batch, self.kind == "ggn", self._precision == "bf16"))
+        if made.products.not_finite:  # a saturated unit hides an Inf in the data from the loss
+            raise non_finite_gradient([self.objective.selection.names[i] for i in made.products.not_finite], index, batch)
+        self._islands.update(dict.fromkeys(made.products.islands))
+        return made
+
+    def _fall_back(self, refusal: Unavailable) -> None:
+        """The next backend from here on, for all batches: a sum has one rounding, whichever batches are kept."""
+        if len(self._candidates) == 1:
+            raise EngineError(
+                f"backend={self.backend!r} cannot compute this model's products: {refusal}.\nUse backend='auto' or 'autograd'."
+            ) from refusal
+        self._refusals.append(str(refusal))
+        self._candidates = self._candidates[1:]
+        self._reset()
+
+    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
+        self.objective.check_marks()
+        if self._records != self.objective.records:
+            raise StaleOperatorError("the weights were taken anew by another operator on these data. Call refresh() on this one as well.")
+        kept = self._denominator is not None and self._all_kept
+        plain = kept and all(products.plain for products, _ in self._kept.values())
+        with torch.no_grad() if plain else self.objective.quiet(forward=not kept, tf32=self._precision == "tf32"):
+            # autograd takes no tensor made under inference_mode, and writing into one is refused outside of it
+            total = torch.zeros_like(V) if out.is_inference() else out.zero_()
+            rows = V.clone() if V.is_inference() else V
+            if kept:
+                for products, scale in self._kept.values():
+                    products.add_products(rows, total, scale)
+            else:
+                while not self._passed(rows, total):
+                    total.zero_()
+            if self._denominator not in (None, 1.0):
+                total.div_(self._denominator)
+        if total is not out:
+            out.copy_(total)
+
+    def _passed(self, V: torch.Tensor, total: torch.Tensor) -> bool:
+        """One pass over the data; False where the backend refused a batch and the next one has to start over."""
+        try:
+            self._pass(V, total)
+        except Unavailable as e:
+            self._fall_back(e)
+            return False
+        return True
+
+    def _pass(self, V: torch.Tensor, total: torch.Tensor) -> None:
+        """total += the numerator's products: make missing ones, keep those that fit, learn the denominator on the first pass."""
+        params = self.objective.selection.params
+        ignore = {p.untyped_storage().data_ptr() for p in params}
+        first, counts, unused = self._denominator is None, 0.0, set(range(len(params)))
+        if first:
+            self._reset()  # an interrupted first pass leaves graphs whose counts are not known
+        for index, batch in self.objective.batches:
+            if index in self._kept:
+                products, scale = self._kept[index]
+            else:
+                made = self._make(batch, index)
+                products, scale = made.products, made.scale
+                if first:
+                    counts += 0.0 if made.count is None else made.count
+                    unused &= set(products.unused)
+                    self._keep(index, products, scale, ignore | {t.untyped_storage().data_ptr() for t in tensors_of(batch)})
+            products.add_products(V, total, scale)
+        if first:
+            self._report_unused(unused)
+            if self.objective.reduction != "sum" and not 0.0 < counts < float("inf"):
+                raise InputError(
+                    f"the counts of the loss add up to {counts:g} over all batches, so that its mean is not defined.\n"
+                    "Check for labels that are all ignored, class weights of zero, or a loss that returns a wrong (sum, count)."
+                )
+            self._denominator = 1.0 if self.objective.reduction == "sum" else counts
+
+    def _keep(self, index: int, products: BatchProducts, scale: float, ignore: set[int]) -> None:
+        size = products.nbytes(ignore) if self._all_kept else 0
+        taken = sum(operator._kept_bytes for operator in self._relatives)
+        if self._all_kept and not self.objective.batches.streamed and taken + size <= self.objective.graph_budget:
+            self._kept[index] = (products, scale)
+            self._kept_bytes += size
+        else:
+            self._all_kept = False
+
+    def _report_unused(self, unused: set[int]) -> None:
+        names = self.objective.selection.names
+        if len(unused) == len(names):
+            raise DisconnectedLossError(
+                f"the loss has no path to any of the {len(names)} chosen parameters ({names[0]}, ...).\n"
+                "Choose parameters that the loss depends on, or remove the .detach() between them."
+            )
+        self._unused = tuple(names[i] for i in sorted(unused))
+        if self._unused and self._precision is None:  # the exact operator says it
+            warnings.warn(
+                f"no gradient path from the loss to {', '.join(self._unused)}: their rows of {self.label} are zero. "
+                "Leave them out with params=.",
+                UnusedParamWarning,
+                stacklevel=stacklevel(),
+            )

@@ -1,0 +1,174 @@
+"""One evaluation of a loss as a tape: the ATen calls below autograd through which it depends on the parameters.
+
+What depends on what is asked of autograd itself, call by call: the evaluation runs with gradients on, and an input counts as
+active where its value follows from the parameters and the tensor requires grad. So detach(), no_grad() and frozen parameters cut
+the tape where they cut the graph. Calls that write are entered by what they compute (see `memory.Memory`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fastsharp.curvature.rop.memory import Memory, Unrecorded, Value
+from fastsharp.curvature.rop.rule import Call
+
+__all__ = ["Tape", "Unrecorded", "record"]
+
+
+class Tape:
+    """The active calls of one evaluation.
+
+    calls     in the order of their evaluation; tensors stand for values, see `fold.fold`
+    params    the value of each parameter, as it appears in the calls
+    outputs   the network's outputs that depend on the parameters
+    loss      the value of the loss
+    """
+
+    def __init__(self, calls: list[Call], params: list[torch.Tensor], outputs: list[torch.Tensor], loss: torch.Tensor) -> None:
+        self.calls = calls
+        self.params = params
+        self.outputs = outputs
+        self.loss = loss
+
+
+def record(fn: Callable[[], tuple[Any, torch.Tensor]], params: Sequence[torch.Tensor], *, modules: nn.Module | None = None) -> Tape:
+    """Run fn() -> (outputs of the network, loss) once and return its tape. Call it inside `guard.untouched`.
+
+    outputs   any nest of tensors, None where the Gauss-Newton matrix will not be asked for
+    modules   whose names the calls carry for messages; it is also searched for what cannot be recorded
+    Raises Unrecorded where the tape would not be the function that autograd differentiates: custom autograd.Functions, hooks on
+    gradients, scripted modules, graphs from before, complex or sparse values, writes that autograd does not see.
+    """
+    _refuse(params, modules)
+    memory = Memory(params)
+    first = _sequence_number()
+    with ExitStack() as stack:
+        path = stack.enter_context(_paths(modules))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_Watch())
+        stack.enter_context(_Recorder(memory, path))
+        outputs, loss = fn()
+    if loss.numel() != 1:
+        raise Unrecorded(f"a loss of {loss.numel()} numbers")
+    _check_graph(loss, params, first)
+    end = memory.read(loss)
+    marked = [memory.read(t) for t in tree_flatten(outputs)[0] if isinstance(t, torch.Tensor)]
+    return _tape(memory, end, marked)
+
+
+def _tape(memory: Memory, end: Value, marked: list[Value]) -> Tape:
+    """Calls on the path to the loss, with their tensors in place of values."""
+    if not end.active:
+        raise Unrecorded("a loss that does not depend on the parameters")
+    needed = {end}
+    kept = []
+    for entry in reversed(memory.entries):
+        if needed.isdisjoint(entry.outputs):
+            continue
+        kept.append(entry)
+        needed.update(v for v in entry.inputs if v.active)
+    active = {id(v.tensor) for v in needed}
+
+    def tensor(leaf: Any) -> Any:
+        return leaf.tensor if isinstance(leaf, Value) else leaf
+
+    calls = []
+    for entry in reversed(kept):
+        args, kwargs = tree_map(tensor, (entry.args, entry.kwargs))
+        calls.append(Call(entry.func, args, kwargs, [v.tensor for v in entry.outputs], lambda t: id(t) in active, entry.module))
+    return Tape(calls, [v.tensor for v in memory.params], [v.tensor for v in marked if v in needed], end.tensor)
+
+
+class _Recorder(TorchDispatchMode):
+    """Enters each call in the memory, and runs it."""
+
+    def __init__(self, memory: Memory, path: list[str]) -> None:
+        super().__init__()
+        self._memory = memory
+        self._path = path
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._memory.call(func, args, kwargs or {}, self._path[-1])
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses hooks that change gradients, and keeps recurrent layers off kernels without a second derivative."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook):
+            raise Unrecorded("a hook on the gradient of a tensor")
+        if func in _RECURRENT:
+            with torch.backends.mkldnn.flags(enabled=False):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
+def _refuse(params: Sequence[torch.Tensor], modules: nn.Module | None) -> None:
+    if any(p._backward_hooks for p in params):
+        raise Unrecorded("a hook on the gradient of a parameter")
+    held = torch.nn.modules.module
+    if held._global_backward_hooks or held._global_backward_pre_hooks:
+        raise Unrecorded("a backward hook on all modules")
+    for name, m in modules.named_modules() if modules is not None else ():
+        if isinstance(m, torch.jit.ScriptModule):
+            raise Unrecorded(f"a scripted module ({name or 'the model itself'})")
+        if m._backward_hooks or m._backward_pre_hooks:
+            raise Unrecorded(f"a backward hook on a module ({name or 'the model itself'})")
+
+
+@contextmanager
+def _paths(modules: nn.Module | None) -> Iterator[list[str]]:
+    """A stack whose top is the name of the module that runs. The hooks are global ones: the caller's modules are not touched."""
+    names = {id(m): name for name, m in modules.named_modules()} if modules is not None else {}
+    path = [""]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        path.append(names.get(id(module), path[-1]))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if len(path) > 1:
+            path.pop()
+
+    handles = []
+    try:
+        if names:
+            handles += [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        yield path
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sequence_number() -> int:
+    """Autograd's count of nodes at present: what follows in this thread has this number or a higher one."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+    return int(node._sequence_nr())
+
+
+def _check_graph(loss: torch.Tensor, params: Sequence[torch.Tensor], first: int) -> None:
+    """Whether every node of the graph was made by a call that the tape saw."""
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "_forward_cls"):
+            raise Unrecorded(f"the custom autograd.Function {node._forward_cls.__name__}")
+        if not hasattr(node, "variable") and node._sequence_nr() < first:
+            raise Unrecorded(f"a graph from before this evaluation ({node.name()})")
+        stack.extend(following for following, _ in node.next_functions)

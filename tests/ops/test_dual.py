@@ -1,0 +1,117 @@
+"""The dual ops on every backend of this machine, against torch's double backward in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fastsharp.errors import InputError, KernelError, ShapeError
+from fastsharp.ops import _registry, dual, force
+from tests.ops.cases import DTYPES, device_of, using
+from tests.ops.dual_cases import CURVES, SHAPES, check_activation, check_norm, check_softmax
+
+VARIANTS = ("reference", "cpu-scalar", "cpu-avx2", "cpu-avx512")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activations(variant: str, dtype: torch.dtype) -> None:
+    with using(variant):
+        for shape in SHAPES:
+            for name in CURVES:
+                check_activation(name, *shape, dtype, device_of(variant))
+
+
+@pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_norms(variant: str, dtype: torch.dtype, center: bool) -> None:
+    with using(variant):
+        for shape in SHAPES:
+            check_norm(center, *shape, dtype, device_of(variant))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_softmax(variant: str, dtype: torch.dtype) -> None:
+    with using(variant):
+        for shape in SHAPES:
+            check_softmax(*shape, dtype, device_of(variant))
+        check_softmax(1, 4, 1000, dtype, device_of(variant), scale=100.0)  # most probabilities underflow
+
+
+@pytest.mark.parametrize("variant", ["cpu-scalar", "cpu-avx2", "cpu-avx512"])
+def test_bits_do_not_depend_on_threads(variant: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y_g, x_t, y_gt = (torch.randn(*s, generator=g) for s in ((700, 70), (700, 70), (2, 700, 70), (2, 700, 70)))
+
+    def results() -> list[torch.Tensor]:
+        stats, x_sums, g_sums = (torch.empty(*s, dtype=torch.float64) for s in ((700, 2), (2, 700, 2), (1, 700, 2)))
+        f = dual.Norm(x, y_g[0], dual.norm_prepare(x, eps=1e-5, center=True, stats=stats), True)
+        out, w_gt, bias_gt, y_t = torch.empty_like(x_t), torch.zeros(2, 70), torch.zeros(2, 70), torch.empty_like(x_t)
+        dual.norm_tangent(f, x_t, out=y_t, sums=x_sums)
+        dual.norm_adjoint(f, y_g[None], out=None, sums=g_sums)
+        dual.norm_adjoint(f, y_gt, second=dual.Second(y_g, g_sums, x_t, x_sums, None), out=out, w_gt=w_gt, bias_gt=bias_gt)
+        a_gt, sums = torch.empty_like(x_t), torch.zeros(2, 70)
+        dual.activation_adjoint(x, y_gt, q=y_g, a_t=x_t, out=a_gt, bias_gt=sums)
+        return [y_t, out, w_gt, bias_gt, a_gt, sums]
+
+    before = torch.get_num_threads()
+    try:
+        with using(variant):
+            torch.set_num_threads(1)
+            alone = results()
+            torch.set_num_threads(3)
+            assert all(torch.equal(a, c) for a, c in zip(alone, results(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    """Row statistics are double: x = 1000 + noise is as exact as its float32 entries allow."""
+    check_norm(True, 2, 20, 64, torch.float32, torch.device("cpu"), mean=1000.0)
+
+
+@pytest.mark.parametrize("op", sorted(_registry.Dual.__dataclass_fields__))
+def test_a_broken_kernel_turns_the_checkers_red(op: str) -> None:
+    """Each op in turn runs and then loses its last result."""
+    outputs = {"activation_prepare": 4, "activation_tangent": 3, "activation_adjoint": 4, "norm_prepare": 3, "norm_tangent": 4,
+               "norm_adjoint": 3, "softmax_gradient": 5, "softmax_product": 3}  # fmt: skip
+    backend = _registry.choose(torch.device("cpu"))
+    sound = getattr(backend.dual, op)
+
+    def broken(*args: Any) -> None:
+        sound(*args)
+        if args[outputs[op]] is not None:
+            args[outputs[op]].mul_(1 + 1e-3)
+
+    with force(replace(backend, dual=replace(backend.dual, **{op: broken}))), pytest.raises(AssertionError):
+        for check in (lambda *a: check_activation("gelu", *a), lambda *a: check_norm(True, *a), check_softmax):
+            check(2, 5, 33, torch.float32, torch.device("cpu"))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, t = torch.ones(4, 6), torch.ones(2, 4, 6)
+    with pytest.raises(ShapeError, match=r"activation_tangent: x_t has shape \(2, 4, 5\), expected \(2, 4, 6\)"):
+        dual.activation_tangent(x, torch.ones(2, 4, 5), out=t)
+    with pytest.raises(InputError, match="activation_adjoint: q and a_t belong together"):
+        dual.activation_adjoint(x, t, q=x, out=t)
+    with pytest.raises(InputError, match="softmax_product: out overlaps a tangent"):
+        room = torch.ones(3, 4, 6)
+        dual.softmax_product(x, room[:2], out=room[1:])
+    with pytest.raises(InputError, match="activation_tangent: out overlaps d1"):
+        dual.activation_tangent(t[0], torch.ones(2, 4, 6), out=t)
+    with pytest.raises(InputError, match="kind is 'mish', expected one of relu, gelu"):
+        dual.activation_prepare("mish", x, d1=torch.empty_like(x))
+    with pytest.raises(InputError, match="there is nothing to compute"):
+        dual.softmax_gradient(x)
+
+
+def test_triton_says_that_it_has_no_dual_kernels() -> None:
+    if isinstance(_registry.available()["triton"], str):
+        pytest.skip("triton cannot run here")
+    with force("triton"), pytest.raises(KernelError, match="no Triton kernels"):
+        dual.softmax_product(torch.ones(1, 2), torch.ones(1, 1, 2), out=torch.ones(1, 1, 2))
