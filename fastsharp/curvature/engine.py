@@ -9,7 +9,7 @@ import torch
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
 from fastsharp.curvature.network_output import check_separable, network_output
 from fastsharp.curvature.rop.linearise import Linearised
-from fastsharp.curvature.rop.tape import Unrecorded, record
+from fastsharp.curvature.rop.tape import Tape, Unrecorded, record
 from fastsharp.losses import Value
 from fastsharp.params import ParamLayout
 
@@ -34,15 +34,17 @@ def tape_products(request: Request) -> Made:
     except Unrecorded as reason:
         raise Unavailable(f"the engine cannot record {reason}") from None
     value = values.pop()
-    return Made(TapeProducts(Linearised(tape), selection.layout, request.gauss), value.scale, value.count)
+    return Made(TapeProducts(tape, selection.layout, request.gauss, value.scale), value.scale, value.count)
 
 
 @final
 class TapeProducts(BatchProducts):
     """Products by a linearised tape: 6U a vector for the Hessian, 4U for the Gauss-Newton matrix."""
 
-    def __init__(self, linearised: Linearised, layout: ParamLayout, gauss: bool) -> None:
-        self._linearised, self._layout, self._gauss = linearised, layout, gauss
+    def __init__(self, tape: Tape, layout: ParamLayout, gauss: bool, scale: float) -> None:
+        self._layout, self._gauss = layout, gauss
+        self._scale = scale if 0.0 < abs(scale) < float("inf") else 1.0  # put into the adjoints, where it costs nothing
+        self._linearised = linearised = Linearised(tape, scale=self._scale)
         self.unused = linearised.unused
         self.islands = linearised.islands
         gradient = linearised.gradient or ()
@@ -50,7 +52,7 @@ class TapeProducts(BatchProducts):
         linearised.gradient = None  # n numbers a batch would outweigh a small tape
 
     def add_products(self, V: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-        self._linearised.product(self._layout.rows(V), self._layout.rows(out), scale=scale, gauss=self._gauss)
+        self._linearised.product(self._layout.rows(V), self._layout.rows(out), scale=scale / self._scale, gauss=self._gauss)
 
     def nbytes(self, ignore: set[int]) -> int:
         return self._linearised.nbytes(ignore)
