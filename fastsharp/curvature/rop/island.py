@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastsharp.curvature.rop.rule import Call, Part, Tangents
+from fastsharp.curvature.rop.tree import mapped, tensors
 
 
 class Island(Part):
@@ -18,20 +18,17 @@ class Island(Part):
     """
 
     def __init__(self, call: Call) -> None:
-        leaves, spec = tree_flatten((call.args, call.kwargs))
-        places = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)]
-        self._on = [i for i, a in enumerate(call.active) if a]
-        self._inputs = len(places)
-        xs: dict[int, torch.Tensor] = {}  # one leaf a value, also where it is given twice
-        for i in self._on:
-            x = leaves[places[i]]
-            leaves[places[i]] = xs.setdefault(id(x), x.detach().requires_grad_())
-        self._twice = [i for k, i in enumerate(self._on) if any(leaves[places[i]] is leaves[places[j]] for j in self._on[:k])]
-        self._on = [i for i in self._on if i not in self._twice]
-        self._xs = [leaves[places[i]] for i in self._on]
+        self._inputs = len(call.inputs)
+        xs: dict[int, torch.Tensor] = {}  # one leaf a value, also where it is given twice: the first place gets all of its adjoint
+        self._on: list[int] = []
+        for i, (t, active) in enumerate(zip(call.inputs, call.active, strict=True)):
+            if active and id(t) not in xs:
+                xs[id(t)] = t.detach().requires_grad_()
+                self._on.append(i)
+        self._xs = list(xs.values())
         with torch.enable_grad():
-            args, kwargs = tree_unflatten(leaves, spec)
-            ys = [t for t in tree_flatten(call.func(*args, **kwargs))[0] if isinstance(t, torch.Tensor)]
+            args, kwargs = mapped(lambda leaf: xs.get(id(leaf), leaf), (call.args, call.kwargs))
+            ys = tensors(call.func(*args, **kwargs))
         self._outputs = len(ys)
         self._used = [i for i, y in enumerate(ys) if y.requires_grad]
         self._ys = [ys[i] for i in self._used]

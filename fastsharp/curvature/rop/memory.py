@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastsharp.curvature.rop.tree import leaves, mapped, tensors
 
 aten = torch.ops.aten
 
@@ -74,8 +75,8 @@ def _name(func: Any) -> str:
 
 # what makes a tensor in the image of another one; its numbers have no part in it
 _NO_DERIVATIVE = frozenset(
-    ["empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "bernoulli"]
-    + ["new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"]
+    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like bernoulli "
+    "new_empty new_empty_strided new_zeros new_ones new_full".split()
 )
 
 
@@ -102,7 +103,7 @@ _REALLOCATE = ("resize_", "resize_as_", "set_")
 
 def _written(schema: _Schema, args: Any, kwargs: Any) -> list[torch.Tensor]:
     named = [args[i] if i < len(args) else kwargs.get(name) for i, name in schema.writes]
-    return [t for t in tree_flatten(named)[0] if isinstance(t, torch.Tensor)]
+    return tensors(named)
 
 
 def _key(t: torch.Tensor, active: bool) -> Any:
@@ -136,9 +137,8 @@ class Memory:
 
     def call(self, func: Any, args: Any, kwargs: Any, module: str) -> Any:
         """Run a call; enter it where it is active or writes what the tape holds."""
-        leaves, spec = tree_flatten((args, kwargs))
         active = torch.is_grad_enabled() and _name(func) not in _NO_DERIVATIVE
-        active = active and any(self._active(t) for t in leaves if isinstance(t, torch.Tensor))
+        active = active and any(self._active(t) for t in tensors((args, kwargs)))
         schema = _schema(func)
         if schema.writes:
             if not active:
@@ -148,22 +148,21 @@ class Memory:
                 return self._write(func, schema, args, kwargs, module)
         if not active or func is aten.detach.default or func is aten.detach_.default:
             return func(*args, **kwargs)
-        values = [self.read(t) if isinstance(t, torch.Tensor) else t for t in leaves]
+        values = mapped(self._value, (args, kwargs))
         if func is aten.native_dropout.default:
-            return self._dropout(values, func(*args, **kwargs), module)
+            return self._dropout(*values[0], func(*args, **kwargs), module)
         if schema.random:
             raise Unrecorded(f"a random operation on active values ({func})")
         result = func(*args, **kwargs)
         if func is aten.as_strided.default and self._at(args[0]).root is not None:
             self._view(self._at(args[0]), result)  # strides count in the storage, from which its value may have moved
         else:
-            self._enter(func, tree_unflatten(values, spec), result, module)
+            self._enter(func, values, result, module)
         return result
 
-    def _dropout(self, values: list[Any], result: tuple[torch.Tensor, torch.Tensor], module: str) -> Any:
+    def _dropout(self, x: Value, p: float, train: bool | None, result: tuple[torch.Tensor, torch.Tensor], module: str) -> Any:
         """The draw is a constant: y = x * mask / (1 - p)."""
-        x, p = values[:2]
-        keep = 1.0 if values[2:3] == [False] else 1.0 - p
+        keep = 1.0 if train is False else 1.0 - p
         mask = Value(result[1].to(result[0].dtype) * (1.0 / keep if keep else 0.0), False)
         self._enter(aten.mul.Tensor, ((x, mask), {}), result[0], module)
         return result
@@ -183,6 +182,9 @@ class Memory:
             value = at.values[_key(t, False)] = Value(t.detach(), False)
             at.inside.append(value)
         return value
+
+    def _value(self, leaf: Any) -> Any:
+        return self.read(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
     def _view(self, at: _Storage, t: torch.Tensor) -> Value:
         """The value of an active view, read from that of the whole storage."""
@@ -213,13 +215,11 @@ class Memory:
 
     def _enter(self, func: Any, inputs: Any, result: Any, module: str) -> None:
         """Append a call that has run, and give its results their values."""
-        given = [v for v in tree_flatten(inputs)[0] if isinstance(v, Value)]
+        given = [v for v in leaves(inputs) if isinstance(v, Value)]
         if not any(v.active for v in given):  # a constant was written over what had been active
             return
         outputs, new = [], False
-        for t in tree_flatten(result)[0]:
-            if not isinstance(t, torch.Tensor):
-                continue
+        for t in tensors(result):
             if t.layout != torch.strided or t.is_complex():
                 raise Unrecorded(f"active values that are sparse or complex ({func})")
             value = Value(t.detach(), t.is_floating_point())
@@ -267,8 +267,7 @@ class Memory:
         if at.param or (at.active and not target.requires_grad):
             raise Unrecorded(f"a write to active memory that autograd does not see ({func})")
         if schema.turns:
-            leaves, spec = tree_flatten((args, kwargs))
-            values = tree_unflatten([self.read(t) if isinstance(t, torch.Tensor) else t for t in leaves], spec)
+            values = mapped(self._value, (args, kwargs))
             func(*args, **kwargs)
             self._enter(f, values, target, module)
             return target
@@ -320,10 +319,7 @@ class Memory:
         if f is aten.copy.default:  # does not depend on what was there
             value = self.read(args[1])
         else:
-            leaves, spec = tree_flatten((args, kwargs))
-            inputs = [self.read(t) if isinstance(t, torch.Tensor) else t for t in leaves]
-            given_args, given_kwargs = tree_unflatten(inputs, spec)
-            value = self._apply(f, given_args, given_kwargs, module)
+            value = self._apply(f, *mapped(self._value, (args, kwargs)), module)
         if value.tensor.dtype != target.dtype:
             value = self._apply(aten._to_copy.default, (value,), {"dtype": target.dtype}, module)
         if value.tensor.shape != target.shape:
@@ -336,9 +332,8 @@ class Memory:
         return value
 
     def _apply(self, f: Any, args: Any, kwargs: Any, module: str) -> Value:
-        leaves, spec = tree_flatten((args, kwargs))
-        inputs = [v for v in leaves if isinstance(v, Value)]
-        plain_args, plain_kwargs = tree_unflatten([v.tensor if isinstance(v, Value) else v for v in leaves], spec)
+        inputs = [v for v in leaves((args, kwargs)) if isinstance(v, Value)]
+        plain_args, plain_kwargs = mapped(lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf, (args, kwargs))
         value = Value(f(*plain_args, **plain_kwargs), any(v.active for v in inputs))
         self.entries.append(Entry(f, args, kwargs, inputs, [value], module))
         return value

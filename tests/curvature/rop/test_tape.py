@@ -336,6 +336,6 @@ def test_what_changes_gradients_is_refused_before_the_model_runs(kind: str) -> N
     def fn() -> tuple[Any, torch.Tensor]:
         raise AssertionError("the model ran")
 
-    with pytest.raises(Unrecorded, match="hook|scripted"):
+    with pytest.raises(Unrecorded, match=r"hook|scripted"):
         linearised(fn, list(model.parameters()), model)
     _no_hooks()
