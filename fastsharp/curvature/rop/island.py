@@ -55,19 +55,22 @@ class Island(Part):
     def tangent(self, x_t: Tangents) -> tuple[list[torch.Tensor | None], Any]:
         given = [x_t[i] for i in self._on]
         b = next(t.shape[0] for t in given if t is not None)
-        pairs = [(g, t) for g, t in zip(self._x_g, given, strict=True) if g is not None and g.requires_grad and t is not None]
         y_t: list[torch.Tensor | None] = [None] * self._outputs
-        for i, t in zip(self._used, _rows(pairs, self._adjoints, b), strict=True):
+        for i, t in zip(self._used, _rows(self._along(given), self._adjoints, b), strict=True):
             y_t[i] = t
-        return y_t, pairs
+        return y_t, given
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[torch.Tensor | None]:
-        pairs = [(y, y_gt[i]) for i, y in zip(self._used, self._ys, strict=True) if y_gt[i] is not None]
-        if kept:
-            pairs += kept
+        pairs = [(y, t) for y, t in zip(self._ys, (y_gt[i] for i in self._used), strict=True) if t is not None]
+        if kept is not None:
+            pairs += self._along(kept)
         if not pairs:
             return [None] * self._inputs
-        return self._placed(_rows(pairs, self._xs, len(pairs[0][1])))  # type: ignore[arg-type]
+        return self._placed(_rows(pairs, self._xs, len(pairs[0][1])))
+
+    def _along(self, x_t: Tangents) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(x_g, x_t) of the inputs whose adjoint depends on anything."""
+        return [(g, t) for g, t in zip(self._x_g, x_t, strict=True) if g is not None and g.requires_grad and t is not None]
 
     def _placed(self, values: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         placed: list[torch.Tensor | None] = [None] * self._inputs
@@ -76,7 +79,7 @@ class Island(Part):
         return placed
 
 
-def _rows(pairs: Sequence[tuple[torch.Tensor, Any]], by: Sequence[torch.Tensor], b: int) -> list[torch.Tensor | None]:
+def _rows(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], by: Sequence[torch.Tensor], b: int) -> list[torch.Tensor | None]:
     """d/d by of sum_i <pairs[i][0], pairs[i][1][k]> for each k < b, stacked."""
     if not pairs:
         return [None] * len(by)

@@ -74,10 +74,9 @@ def _name(func: Any) -> str:
 
 
 # what makes a tensor in the image of another one; its numbers have no part in it
-_NO_DERIVATIVE = frozenset(
-    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like bernoulli "
-    "new_empty new_empty_strided new_zeros new_ones new_full".split()
-)
+_NO_DERIVATIVE = {f"{kind}_like" for kind in ("empty", "zeros", "ones", "full", "rand", "randn", "randint")} | {
+    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "bernoulli")
+}
 
 
 @cache
