@@ -47,10 +47,12 @@ class Linearised:
     gradient   by parameter, None where there is no path; set the attribute to None to free it
     unused     numbers of the parameters without a path to the loss
     islands    names of the calls that have no rule
+    names      (op, module) of every call, in order
     bypassed   whether the loss depends on parameters other than through the network's outputs: then there is no Gauss-Newton matrix
     """
 
-    def __init__(self, tape: Tape, *, scale: float = 1.0) -> None:
+    def __init__(self, tape: Tape, *, scale: float = 1.0, rules: int | None = None) -> None:
+        """rules: only the first so many calls by their rules, the others as islands; to find the rule that is at fault."""
         self.loss = tape.loss.detach().clone()
         calls = fold(tape.calls, _uses(tape))
         tape.calls = []
@@ -72,11 +74,12 @@ class Linearised:
             frees[i].append(s)
 
         self._steps: list[_Step] = []
+        self.names = [(str(call.func).removeprefix("aten."), call.module) for call in calls]
         rows: Counter[tuple[str, str, str]] = Counter()
         calls.reverse()
         for (inputs, outputs), leading, free in zip(wired, network, frees, strict=True):
             call = calls.pop()  # what its part does not keep is freed before the next part is made
-            part, by = _part(call)
+            part, by = _part(call, rules is None or i < rules)
             rows[str(call.func).removeprefix("aten."), call.module, by] += 1
             self._steps.append(_Step(part, inputs, outputs, leading, tuple(free)))
         self._table = [Row(*key, n) for key, n in rows.items()]
@@ -178,8 +181,9 @@ class _Sums:
         return value
 
 
-def _part(call: Call) -> tuple[Part, str]:
-    make = RULES.get(call.func)
+def _part(call: Call, by_rule: bool) -> tuple[Part, str]:
+    # a call that folding made is no operation of torch: it has its rule alone
+    make = RULES.get(call.func) if by_rule or not isinstance(call.func, torch._ops.OpOverload) else None
     part = None if make is None else make(call)
     return (Island(call), "island") if part is None else (part, "rule")
 

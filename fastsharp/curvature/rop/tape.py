@@ -153,6 +153,8 @@ def _refuse(params: Sequence[torch.Tensor], modules: nn.Module | None) -> None:
 def _paths(modules: nn.Module | None) -> Iterator[list[str]]:
     """A stack whose top is the name of the module that runs. The hooks are global ones: the caller's modules are not touched."""
     names = {id(m): name for name, m in modules.named_modules()} if modules is not None else {}
+    if modules is not None and any(type(m).__name__ == "OptimizedModule" for m in modules.modules()):
+        names = {}  # torch warns of global hooks beside a compiled module
     path = [""]
 
     def enter(module: nn.Module, args: Any) -> None:
