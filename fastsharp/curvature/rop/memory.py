@@ -149,7 +149,7 @@ class Memory:
             return func(*args, **kwargs)
         values = mapped(self._value, (args, kwargs))
         if func is aten.native_dropout.default:
-            return self._dropout(*values[0], func(*args, **kwargs), module)
+            return self._dropout(values[0], func(*args, **kwargs), module)
         if schema.random:
             raise Unrecorded(f"a random operation on active values ({func})")
         result = func(*args, **kwargs)
@@ -159,8 +159,9 @@ class Memory:
             self._enter(func, values, result, module)
         return result
 
-    def _dropout(self, x: Value, p: float, train: bool | None, result: tuple[torch.Tensor, torch.Tensor], module: str) -> Any:
+    def _dropout(self, given: Any, result: tuple[torch.Tensor, torch.Tensor], module: str) -> Any:
         """The draw is a constant: y = x * mask / (1 - p)."""
+        x, p, train = given
         keep = 1.0 if train is False else 1.0 - p
         mask = Value(result[1].to(result[0].dtype) * (1.0 / keep if keep else 0.0), False)
         self._enter(aten.mul.Tensor, ((x, mask), {}), result[0], module)
@@ -233,7 +234,8 @@ class Memory:
                 if at.root is None and not at.param and _covers(t):
                     at.root = key
         if new:
-            self.entries.append(Entry(func, *inputs, given, outputs, module))
+            args, kwargs = inputs
+            self.entries.append(Entry(func, args, kwargs, given, outputs, module))
 
     def _overwrite(self, func: Any, written: Sequence[torch.Tensor]) -> None:
         """Before constants, or an active memory unseen by autograd, are written."""
@@ -248,10 +250,10 @@ class Memory:
     def _save(self, at: _Storage) -> None:
         """Copy the numbers that the tape needs from a storage that is about to be written."""
         if at.inside:
-            copy = at.storage.clone()
+            copy = _copy(at.storage)
             for value in at.inside:
                 t = value.tensor
-                value.tensor = _lying(copy, t.dtype, t.shape, t.stride(), t.storage_offset())
+                value.tensor = _lying(copy, t.dtype, t.shape, t.stride(), int(t.storage_offset()))
             at.inside = []
 
     def _write(self, func: Any, schema: _Schema, args: Any, kwargs: Any, module: str) -> Any:
@@ -309,7 +311,7 @@ class Memory:
             at.root = _key(base, True)
             return self.read(base)
         size = at.storage.nbytes() // target.element_size()
-        root = Value(_lying(at.storage.clone(), target.dtype, (size,), (1,), 0), False)
+        root = Value(_lying(_copy(at.storage), target.dtype, (size,), (1,), 0), False)
         at.root = _key(root.tensor, True)
         return root
 
@@ -318,7 +320,8 @@ class Memory:
         if f is aten.copy.default:  # does not depend on what was there
             value = self.read(args[1])
         else:
-            value = self._apply(f, *mapped(self._value, (args, kwargs)), module)
+            given_args, given_kwargs = mapped(self._value, (args, kwargs))
+            value = self._apply(f, given_args, given_kwargs, module)
         if value.tensor.dtype != target.dtype:
             value = self._apply(aten._to_copy.default, (value,), {"dtype": target.dtype}, module)
         if value.tensor.shape != target.shape:
@@ -338,13 +341,18 @@ class Memory:
         return value
 
 
+def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    copy = torch.UntypedStorage(storage.nbytes(), device=storage.device)
+    return copy.copy_(storage)
+
+
 def _lying(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Any, stride: Any, offset: int) -> torch.Tensor:
     return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
 
 
 def _window(whole: torch.Tensor, t: torch.Tensor) -> tuple[Any, tuple[int, ...]] | None:
     """The call, select or slice, by which t can be had from a whole that begins where the storage does; None where neither can."""
-    shape, stride, offset = tuple(t.shape), tuple(t.stride()), t.storage_offset()
+    shape, stride, offset = tuple(t.shape), tuple(t.stride()), int(t.storage_offset())
     for d in range(whole.ndim):
         size, step = whole.shape[d], whole.stride(d)
         start, rest = divmod(offset, step) if step else (0, offset)
