@@ -77,7 +77,7 @@ class Linearised:
         self.names = [(str(call.func).removeprefix("aten."), call.module) for call in calls]
         rows: Counter[tuple[str, str, str]] = Counter()
         calls.reverse()
-        for (inputs, outputs), leading, free in zip(wired, network, frees, strict=True):
+        for i, ((inputs, outputs), leading, free) in enumerate(zip(wired, network, frees, strict=True)):
             call = calls.pop()  # what its part does not keep is freed before the next part is made
             part, by = _part(call, rules is None or i < rules)
             rows[str(call.func).removeprefix("aten."), call.module, by] += 1

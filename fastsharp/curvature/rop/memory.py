@@ -342,7 +342,7 @@ class Memory:
 
 
 def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    copy = torch.UntypedStorage(storage.nbytes(), device=storage.device)
+    copy = torch.UntypedStorage(storage.nbytes(), device=storage.device)  # type: ignore[no-untyped-call]
     return copy.copy_(storage)
 
 
