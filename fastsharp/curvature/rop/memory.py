@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsharp.curvature.rop.geometry import copy_of, covers, lying, place, window
 from fastsharp.curvature.rop.tree import leaves, mapped, tensors
 
 aten = torch.ops.aten
@@ -105,17 +106,6 @@ def _written(schema: _Schema, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return tensors(named)
 
 
-def _key(t: torch.Tensor, active: bool) -> Any:
-    return t.storage_offset(), t.shape, t.stride(), t.dtype, active
-
-
-def _covers(t: torch.Tensor) -> bool:
-    """Whether t is the whole of its storage, each number once."""
-    if t.storage_offset() or t.numel() * t.element_size() != t.untyped_storage().nbytes():
-        return False
-    return t.is_contiguous() or bool(aten.is_non_overlapping_and_dense.default(t))
-
-
 class Memory:
     """Values of the tensors of one evaluation, and the calls between them."""
 
@@ -128,7 +118,7 @@ class Memory:
                 raise Unrecorded("parameters that are sparse or complex")
             at = self._at(p)
             at.active = at.param = True
-            key = _key(p, True)
+            key = place(p, True)
             if key in at.values:
                 raise Unrecorded("two parameters in the same memory")
             value = at.values[key] = Value(p.detach(), True)
@@ -175,11 +165,11 @@ class Memory:
         active = self._active(t)
         if active and (t.is_complex() or type(t) not in (torch.Tensor, torch.nn.Parameter)):
             raise Unrecorded(f"active values that are complex or of a class of their own ({type(t).__name__})")
-        value = at.values.get(_key(t, active))
+        value = at.values.get(place(t, active))
         if value is None and active:
             return self._view(at, t)
         if value is None:
-            value = at.values[_key(t, False)] = Value(t.detach(), False)
+            value = at.values[place(t, False)] = Value(t.detach(), False)
             at.inside.append(value)
         return value
 
@@ -188,13 +178,13 @@ class Memory:
 
     def _view(self, at: _Storage, t: torch.Tensor) -> Value:
         """The value of an active view, read from that of the whole storage."""
-        key = _key(t, True)
+        key = place(t, True)
         if key not in at.values:
             root = None if at.root is None else at.values[at.root]
             if root is None or root.tensor.dtype != t.dtype:
                 raise Unrecorded("a view of memory that was written in part")
             whole = (aten.as_strided.default, (list(t.shape), list(t.stride()), t.storage_offset()))
-            f, args = _window(root.tensor, t) or whole
+            f, args = window(root.tensor, t) or whole
             at.values[key] = self._apply(f, (root, *args), {}, "")
         return at.values[key]
 
@@ -204,7 +194,7 @@ class Memory:
         at = self._storages.get(t.untyped_storage()._cdata)
         if at is None or not at.active:
             return False
-        return not at.param or _key(t, True) in at.values  # parameters that were not chosen may share a buffer with one that was
+        return not at.param or place(t, True) in at.values  # parameters that were not chosen may share a buffer with one that was
 
     def _at(self, t: torch.Tensor) -> _Storage:
         storage = t.untyped_storage()
@@ -224,14 +214,14 @@ class Memory:
                 raise Unrecorded(f"active values that are sparse or complex ({func})")
             value = Value(t.detach(), t.is_floating_point())
             outputs.append(value)
-            at, key = self._at(t), _key(t, value.active)
+            at, key = self._at(t), place(t, value.active)
             if value.active and key in at.values:
                 continue  # a view that changes nothing
             at.values[key] = value
             at.inside.append(value)
             if value.active:
                 new = at.active = True
-                if at.root is None and not at.param and _covers(t):
+                if at.root is None and not at.param and covers(t):
                     at.root = key
         if new:
             args, kwargs = inputs
@@ -250,10 +240,10 @@ class Memory:
     def _save(self, at: _Storage) -> None:
         """Copy the numbers that the tape needs from a storage that is about to be written."""
         if at.inside:
-            copy = _copy(at.storage)
+            copy = copy_of(at.storage)
             for value in at.inside:
                 t = value.tensor
-                value.tensor = _lying(copy, t.dtype, t.shape, t.stride(), int(t.storage_offset()))
+                value.tensor = lying(copy, t.dtype, t.shape, t.stride(), int(t.storage_offset()))
             at.inside = []
 
     def _write(self, func: Any, schema: _Schema, args: Any, kwargs: Any, module: str) -> Any:
@@ -273,8 +263,8 @@ class Memory:
             self._enter(f, values, target, module)
             return target
         value = self._computed(f, target, args, kwargs, module)
-        key = _key(target, True)
-        if _covers(target):
+        key = place(target, True)
+        if covers(target):
             at.root, root = key, value
         else:
             root = self._scattered(at, target, value, module)
@@ -289,14 +279,14 @@ class Memory:
         root = self._root(at, target)
         if root.tensor.dtype != target.dtype:
             raise Unrecorded("a write to memory that is seen as another dtype")
-        window = _window(root.tensor, target)
-        if window is not None:
-            scatter = aten.select_scatter.default if window[0] is aten.select.int else aten.slice_scatter.default
-            return self._apply(scatter, (root, value, *window[1]), {}, module)
+        found = window(root.tensor, target)
+        if found is not None:
+            scatter = aten.select_scatter.default if found[0] is aten.select.int else aten.slice_scatter.default
+            return self._apply(scatter, (root, value, *found[1]), {}, module)
         size = root.tensor.numel()
         if root.tensor.ndim != 1:
             root = self._apply(aten.as_strided.default, (root, [size], [1], 0), {}, module)
-            at.root = _key(root.tensor, True)
+            at.root = place(root.tensor, True)
         index = torch.arange(size, device=target.device).as_strided(target.shape, target.stride(), target.storage_offset())
         return self._apply(aten.index_put.default, (root, [Value(index.contiguous(), False)], value), {}, module)
 
@@ -307,12 +297,12 @@ class Memory:
         if at.active:
             raise Unrecorded("a write to a part of a tensor that is not the whole of its memory")
         base = target._base
-        if base is not None and _covers(base) and base.dtype == target.dtype:
-            at.root = _key(base, True)
+        if base is not None and covers(base) and base.dtype == target.dtype:
+            at.root = place(base, True)
             return self.read(base)
         size = at.storage.nbytes() // target.element_size()
-        root = Value(_lying(_copy(at.storage), target.dtype, (size,), (1,), 0), False)
-        at.root = _key(root.tensor, True)
+        root = Value(lying(copy_of(at.storage), target.dtype, (size,), (1,), 0), False)
+        at.root = place(root.tensor, True)
         return root
 
     def _computed(self, f: Any, target: torch.Tensor, args: Any, kwargs: Any, module: str) -> Value:
@@ -339,33 +329,3 @@ class Memory:
         value = Value(f(*plain_args, **plain_kwargs), any(v.active for v in inputs))
         self.entries.append(Entry(f, args, kwargs, inputs, [value], module))
         return value
-
-
-def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    copy = torch.UntypedStorage(storage.nbytes(), device=storage.device)  # type: ignore[no-untyped-call]
-    return copy.copy_(storage)
-
-
-def _lying(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Any, stride: Any, offset: int) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
-
-
-def _window(whole: torch.Tensor, t: torch.Tensor) -> tuple[Any, tuple[int, ...]] | None:
-    """The call, select or slice, by which t can be had from a whole that begins where the storage does; None where neither can."""
-    shape, stride, offset = tuple(t.shape), tuple(t.stride()), int(t.storage_offset())
-    for d in range(whole.ndim):
-        size, step = whole.shape[d], whole.stride(d)
-        start, rest = divmod(offset, step) if step else (0, offset)
-        if rest or not start < size:
-            continue
-        others = [k for k in range(whole.ndim) if k != d]
-        if shape == tuple(whole.shape[k] for k in others) and stride == tuple(whole.stride(k) for k in others):
-            return aten.select.int, (d, start)
-        if t.ndim != whole.ndim or any(shape[k] != whole.shape[k] or stride[k] != whole.stride(k) for k in others):
-            continue
-        if stride[d] == step and start + shape[d] <= size:
-            return aten.slice.Tensor, (d, start, start + shape[d])
-        every, rest = divmod(stride[d], step)
-        if not rest and every > 0 and shape[d] and start + every * (shape[d] - 1) < size:
-            return aten.slice.Tensor, (d, start, start + every * (shape[d] - 1) + 1, every)
-    return None
