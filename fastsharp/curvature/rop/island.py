@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastsharp.curvature.rop.rule import Call, Part, Tangents
+from fastsharp.curvature.rop.tree import mapped, tensors
 
 
 class Island(Part):
@@ -18,20 +18,17 @@ class Island(Part):
     """
 
     def __init__(self, call: Call) -> None:
-        leaves, spec = tree_flatten((call.args, call.kwargs))
-        places = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)]
-        self._on = [i for i, a in enumerate(call.active) if a]
-        self._inputs = len(places)
-        xs: dict[int, torch.Tensor] = {}  # one leaf a value, also where it is given twice
-        for i in self._on:
-            x = leaves[places[i]]
-            leaves[places[i]] = xs.setdefault(id(x), x.detach().requires_grad_())
-        self._twice = [i for k, i in enumerate(self._on) if any(leaves[places[i]] is leaves[places[j]] for j in self._on[:k])]
-        self._on = [i for i in self._on if i not in self._twice]
-        self._xs = [leaves[places[i]] for i in self._on]
+        self._inputs = len(call.inputs)
+        xs: dict[int, torch.Tensor] = {}  # one leaf a value, also where it is given twice: the first place gets all of its adjoint
+        self._on: list[int] = []
+        for i, (t, active) in enumerate(zip(call.inputs, call.active, strict=True)):
+            if active and id(t) not in xs:
+                xs[id(t)] = t.detach().requires_grad_()
+                self._on.append(i)
+        self._xs = list(xs.values())
         with torch.enable_grad():
-            args, kwargs = tree_unflatten(leaves, spec)
-            ys = [t for t in tree_flatten(call.func(*args, **kwargs))[0] if isinstance(t, torch.Tensor)]
+            args, kwargs = mapped(lambda leaf: xs.get(id(leaf), leaf), (call.args, call.kwargs))
+            ys = tensors(call.func(*args, **kwargs))
         self._outputs = len(ys)
         self._used = [i for i, y in enumerate(ys) if y.requires_grad]
         self._ys = [ys[i] for i in self._used]
@@ -58,19 +55,22 @@ class Island(Part):
     def tangent(self, x_t: Tangents) -> tuple[list[torch.Tensor | None], Any]:
         given = [x_t[i] for i in self._on]
         b = next(t.shape[0] for t in given if t is not None)
-        pairs = [(g, t) for g, t in zip(self._x_g, given, strict=True) if g is not None and g.requires_grad and t is not None]
         y_t: list[torch.Tensor | None] = [None] * self._outputs
-        for i, t in zip(self._used, _rows(pairs, self._adjoints, b), strict=True):
+        for i, t in zip(self._used, _rows(self._along(given), self._adjoints, b), strict=True):
             y_t[i] = t
-        return y_t, pairs
+        return y_t, given
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[torch.Tensor | None]:
-        pairs = [(y, y_gt[i]) for i, y in zip(self._used, self._ys, strict=True) if y_gt[i] is not None]
-        if kept:
-            pairs += kept
+        pairs = [(y, t) for y, t in zip(self._ys, (y_gt[i] for i in self._used), strict=True) if t is not None]
+        if kept is not None:
+            pairs += self._along(kept)
         if not pairs:
             return [None] * self._inputs
-        return self._placed(_rows(pairs, self._xs, len(pairs[0][1])))  # type: ignore[arg-type]
+        return self._placed(_rows(pairs, self._xs, len(pairs[0][1])))
+
+    def _along(self, x_t: Tangents) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(x_g, x_t) of the inputs whose adjoint depends on anything."""
+        return [(g, t) for g, t in zip(self._x_g, x_t, strict=True) if g is not None and g.requires_grad and t is not None]
 
     def _placed(self, values: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         placed: list[torch.Tensor | None] = [None] * self._inputs
@@ -79,7 +79,7 @@ class Island(Part):
         return placed
 
 
-def _rows(pairs: Sequence[tuple[torch.Tensor, Any]], by: Sequence[torch.Tensor], b: int) -> list[torch.Tensor | None]:
+def _rows(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], by: Sequence[torch.Tensor], b: int) -> list[torch.Tensor | None]:
     """d/d by of sum_i <pairs[i][0], pairs[i][1][k]> for each k < b, stacked."""
     if not pairs:
         return [None] * len(by)

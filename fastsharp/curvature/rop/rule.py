@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._pytree import tree_flatten
+
+from fastsharp.curvature.rop.tree import tensors
 
 Tangents = Sequence[torch.Tensor | None]
 
@@ -36,8 +37,8 @@ class Call:
         self.func = func
         self.args = tuple(args)
         self.kwargs = kwargs
-        self.inputs = [t for t in tree_flatten((self.args, kwargs))[0] if isinstance(t, torch.Tensor)]
-        self.outputs = [t for t in tree_flatten(outputs)[0] if isinstance(t, torch.Tensor)]
+        self.inputs = tensors((self.args, kwargs))
+        self.outputs = tensors(outputs)
         self.active = [active(t) for t in self.inputs]
         self.module = module
 
@@ -78,9 +79,7 @@ class Part(ABC):
 
     def held(self) -> Iterator[torch.Tensor]:
         """Every tensor kept between products."""
-        for leaf in tree_flatten(list(vars(self).values()))[0]:
-            if isinstance(leaf, torch.Tensor):
-                yield leaf
+        yield from tensors(vars(self))
 
 
 RULES: dict[Any, Callable[[Call], Part | None]] = {}  # a maker returns None where its rule does not cover these arguments

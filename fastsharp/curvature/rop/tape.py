@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from fastsharp.curvature.rop.memory import Memory, Unrecorded, Value
 from fastsharp.curvature.rop.rule import Call
+from fastsharp.curvature.rop.tree import mapped, tensors
 
 __all__ = ["Tape", "Unrecorded", "record"]
 
@@ -61,7 +61,7 @@ def record(fn: Callable[[], tuple[Any, torch.Tensor]], params: Sequence[torch.Te
         raise Unrecorded(f"a loss of {loss.numel()} numbers")
     reached = _reached(loss, first)
     end = memory.read(loss)
-    marked = [memory.read(t) for t in tree_flatten(outputs)[0] if isinstance(t, torch.Tensor)]
+    marked = [memory.read(t) for t in tensors(outputs)]
     tape, followed = _tape(memory, end, [_viewed(memory, v) for v in marked])
     if any(id(p) in reached and v not in followed for p, v in zip(params, memory.params, strict=True)):
         raise Unrecorded("a path to a parameter that is autograd's alone")
@@ -101,7 +101,7 @@ def _tape(memory: Memory, end: Value, marked: list[Value]) -> tuple[Tape, set[Va
 
     calls = []
     for entry in reversed(kept):
-        args, kwargs = tree_map(tensor, (entry.args, entry.kwargs))
+        args, kwargs = mapped(tensor, (entry.args, entry.kwargs))
         calls.append(Call(entry.func, args, kwargs, [v.tensor for v in entry.outputs], lambda t: id(t) in active, entry.module))
     return Tape(calls, [v.tensor for v in memory.params], [v.tensor for v in marked if v in needed], end.tensor), needed
 

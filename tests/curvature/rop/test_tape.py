@@ -235,6 +235,12 @@ def _through_data(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def _into_detached(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = w * x
+    y.detach().copy_(w.sin())
+    return y
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -243,6 +249,7 @@ def _through_data(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         (_hooked, "hook on the gradient of a tensor"),
         (_without_grad, "autograd does not see"),
         (_through_data, "autograd does not see"),
+        (_into_detached, "autograd does not see"),
         (lambda w, x: torch.fft.fft(w * x).abs(), "complex"),
         (lambda w, x: torch.rrelu(w * x, training=True), "random"),
     ],
@@ -339,3 +346,13 @@ def test_what_changes_gradients_is_refused_before_the_model_runs(kind: str) -> N
     with pytest.raises(Unrecorded, match=r"hook|scripted"):
         linearised(fn, list(model.parameters()), model)
     _no_hooks()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_seen_as_their_calls(kind: type[nn.RNNBase]) -> None:
+    """In float32 the CPU has a fused LSTM without a second derivative."""
+    layer, x = kind(3, 4), torch.randn(5, 2, 3)
+    enabled = torch.backends.mkldnn.enabled
+    lin = linearised(lambda: (None, layer(x)[0].pow(2).sum()), list(layer.parameters()), layer)
+    assert not [row.op for row in lin.table() if "mkldnn" in row.op or "rnn" in row.op or "lstm" in row.op]
+    assert torch.backends.mkldnn.enabled == enabled
