@@ -30,11 +30,11 @@ def tape_products(request: Request) -> Made:
         return output, value.loss
 
     try:
-        tape = record(evaluate, selection.params, modules=objective.model)
+        linearised = Linearised(record(evaluate, selection.params, modules=objective.model))
     except Unrecorded as reason:
         raise Unavailable(f"the engine cannot record {reason}") from None
     value = values.pop()
-    return Made(TapeProducts(Linearised(tape), selection.layout, request.gauss), value.scale, value.count)
+    return Made(TapeProducts(linearised, selection.layout, request.gauss), value.scale, value.count)
 
 
 @final

@@ -93,9 +93,7 @@ class Linearised:
         del calls, held, tape
         self.gradient: list[torch.Tensor | None] | None = self._adjoints(torch.full_like(end_like, scale))
 
-    def product(
-        self, tangents: Sequence[torch.Tensor], into: Sequence[torch.Tensor], *, scale: float = 1.0, gauss: bool = False
-    ) -> None:
+    def product(self, tangents: Sequence[torch.Tensor], into: Sequence[torch.Tensor], *, scale: float = 1.0, gauss: bool = False) -> None:
         """into += scale * H tangents, each given by parameter as (b, *shape), strided as they come.
 
         gauss   the Gauss-Newton matrix in place of H. A scale other than 1 costs a pass over the tangents; that of the constructor none
