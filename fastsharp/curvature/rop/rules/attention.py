@@ -38,7 +38,8 @@ class Attention(Part):
         self.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         self.y_shape = (*q.shape[:3], v.shape[-1])
         self.scores = (*q.shape[:3], k.shape[2])
-        self.stacks = [(k.shape[0] * k.shape[1], -1, t.shape[-1]) for t in (q, k, v)]
+        stacks, rows = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1] * q.shape[2]
+        self.stacks = [(stacks, n, t.shape[-1]) for n, t in ((rows, q), (k.shape[2], k), (k.shape[2], v))]
         q, k, self.v = (t.reshape(stack) for t, stack in zip((q, k, v), self.stacks, strict=True))
         self.q, self.k = q * self.scale, k * self.scale
         s = torch.bmm(self.q, k.mT).view(self.scores)
@@ -46,7 +47,7 @@ class Attention(Part):
             s = s.masked_fill_(torch.ones(self.scores[2:], dtype=torch.bool, device=s.device).triu_(1), -math.inf)
         if mask is not None:
             s = s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
-        self.p = aten._safe_softmax.default(s, -1).view(*self.q.shape[:2], -1)
+        self.p = aten._safe_softmax.default(s, -1).view(stacks, rows, k.shape[1])
         self.g: tuple[Tensor, Tensor, Tensor] | None = None  # O_g, c, S_g
 
     def _stacked(self, tangents: Tangents) -> list[Tensor | None]:
@@ -78,7 +79,7 @@ class Attention(Part):
             raise Unrecorded("attention whose normaliser is used as a value")
         if y_g[0] is None:
             return [None] * self.inputs
-        g = y_g[0].reshape(*self.p.shape[:2], -1)
+        g = y_g[0].reshape(*self.p.shape[:2], self.v.shape[-1])
         c = torch.bmm(g, self.v.mT)
         c = c.sub_((c * self.p).sum(-1, keepdim=True))
         s_g = self.p * c
@@ -87,7 +88,7 @@ class Attention(Part):
         return [None if t is None else t.squeeze(0) for t in self._placed(s_g.unsqueeze(0), None, None, v_g)]
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[Tensor | None]:
-        g_t = None if y_gt[0] is None else y_gt[0].reshape(len(y_gt[0]), *self.p.shape[:2], -1)
+        g_t = None if y_gt[0] is None else y_gt[0].reshape(len(y_gt[0]), *self.p.shape[:2], self.v.shape[-1])
         q_t, k_t, v_t, p_t = (None,) * 4 if kept is None or self.g is None else kept
         s_gt = v_gt = None
         if self.on[2]:
@@ -141,7 +142,7 @@ def _softmax_(u: Tensor, p: Tensor) -> Tensor:
 
 
 def _attention(call: Call, mask: Tensor | None, dropout: float, causal: bool) -> Part | None:
-    if dropout or any(t.dim() != 4 or not t.numel() for t in call.inputs[:3]):
+    if dropout:
         return None
     return Attention(call, mask, causal, call.kwargs.get("scale"))
 
