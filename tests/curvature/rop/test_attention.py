@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import fastsharp
 from fastsharp.curvature.rop.memory import Unrecorded
 from fastsharp.curvature.rop.rule import RULES, Call, Part
+from fastsharp.curvature.rop.rules.attention import Attention, _softmax_
 
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -157,9 +160,35 @@ def test_what_has_no_rule() -> None:
 
 def test_other_devices_softmax() -> None:
     """The formula that serves them, against the fused pass."""
-    from fastsharp.curvature.rop.rules.attention import _softmax_
-
     p, u = torch.rand(2, 3, 5).softmax(-1), torch.randn(4, 2, 3, 5)
     want = p * u - p * (p * u).sum(-1, keepdim=True)
     torch.testing.assert_close(_softmax_(u.clone(), p), want)
     torch.testing.assert_close(_softmax_(u.bfloat16(), p.bfloat16()).float(), want, rtol=0.05, atol=0.05)
+
+
+class _Attending(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 2).permute(2, 0, 3, 1, 4)
+        out: Tensor = F.scaled_dot_product_attention(q, k, v, **self.options).transpose(1, 2).flatten(2)
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.eye(5, dtype=torch.bool).logical_not()}], ids=str)
+def test_the_engine_sees_one_call(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a model are autograd's, through this part and not through those of the MATH kernel."""
+    torch.manual_seed(0)
+    model = _Attending(**options).double()
+    data = [(torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64))]
+    v = torch.randn(60, dtype=torch.float64)
+    parts = []
+    make = Attention.__init__
+    monkeypatch.setattr(Attention, "__init__", lambda self, *args: (parts.append(self), make(self, *args))[1])
+    for operator in (fastsharp.Hessian, fastsharp.GGN):
+        got, want = (operator(model, data, F.mse_loss, backend=backend) @ v for backend in ("rop", "autograd"))
+        assert float((got - want).norm()) <= 1e-12 * float(want.norm())
+    assert parts

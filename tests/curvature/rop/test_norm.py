@@ -16,7 +16,7 @@ aten = torch.ops.aten
 BN = aten.native_batch_norm.default
 
 
-def Norm(func: Any, args: Any) -> Case:  # noqa: N802
+def Norm(func: Any, args: Any) -> Case:
     return Case(func, args, outputs=(0,))
 
 
