@@ -194,8 +194,8 @@ class ChannelNorm(Part):
         """E of what <v> is."""
         if self.groups == t.shape[2]:
             return t
-        grouped = t.unflatten(2, (self.groups, -1)).mean(3, keepdim=True)
-        return grouped.expand(-1, -1, -1, t.shape[2] // self.groups, -1).flatten(2, 3)
+        grouped = t.reshape(*t.shape[:2], self.groups, -1, t.shape[3])
+        return grouped.mean(3, keepdim=True).expand_as(grouped).reshape(t.shape)
 
     def _lift(self, t: Tensor) -> Tensor:
         return t.reshape(len(t), 1, -1, 1)
@@ -308,19 +308,18 @@ def _plus(total: Tensor | None, t: Tensor | None) -> Tensor | None:
 
 
 def _sum(total: Tensor | None, *terms: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """total + the sum of factor * t over the terms that are there: one pass a term, in the layout of the first t."""
-    owned = False
+    """total + the sum of factor * t over the terms that are there, every t * factor of one shape: one pass a term."""
+    whole = False  # total is a sum of terms, made here
     for factor, t in terms:
         if factor is None or t is None:
             continue
         if total is None:
             total = factor * t
-        elif owned and total.shape == torch.broadcast_shapes(total.shape, t.shape, factor.shape):
+        elif whole:
             total.addcmul_(factor, t)
-            continue
         else:
             total = torch.addcmul(total, factor, t)
-        owned = True
+        whole = True
     return total
 
 
