@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
 from fastsharp.curvature.network_output import check_separable, network_output
@@ -19,7 +22,7 @@ def tape_products(request: Request) -> Made:
     if request.bf16:
         raise Unavailable("bfloat16 products are autograd's")
     objective, selection = request.objective, request.objective.selection
-    values: list[Value] = []
+    values: list[Value] = []  # of the one evaluation
 
     def evaluate() -> tuple[torch.Tensor | None, torch.Tensor]:
         value = objective.evaluate(request.index, request.batch)
@@ -30,11 +33,20 @@ def tape_products(request: Request) -> Made:
         return output, value.loss
 
     try:
-        tape = record(evaluate, selection.params, modules=objective.model)
+        with _attention(selection.params):
+            tape = record(evaluate, selection.params, modules=objective.model)
+        (value,) = values
+        products = TapeProducts(tape, selection.layout, request.gauss, value.scale)
     except Unrecorded as reason:
         raise Unavailable(f"the engine cannot record {reason}") from None
-    value = values.pop()
-    return Made(TapeProducts(tape, selection.layout, request.gauss, value.scale), value.scale, value.count)
+    return Made(products, value.scale, value.count)
+
+
+def _attention(params: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+    """Attention as one call where it has a rule of its own: nothing here is differentiated by autograd, which needs the MATH kernel."""
+    if any(p.device.type != "cpu" for p in params):
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 
 
 @final

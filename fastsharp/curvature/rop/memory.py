@@ -98,6 +98,20 @@ def _functional(func: Any) -> Any:
     return getattr(packet, alike[0]) if alike else None
 
 
+_DROPOUT = {  # position of the rate of dropout
+    aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
+    aten._scaled_dot_product_flash_attention.default: 3,
+    aten._scaled_dot_product_efficient_attention.default: 5,
+    aten._scaled_dot_product_cudnn_attention.default: 5,
+}
+
+
+def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this call of attention, which torch marks as random, draws nothing."""
+    at = _DROPOUT.get(func)
+    return at is not None and not (args[at] if at < len(args) else kwargs.get("dropout_p", 0.0))
+
+
 _REALLOCATE = ("resize_", "resize_as_", "set_")
 
 
@@ -140,7 +154,7 @@ class Memory:
         values = mapped(self._value, (args, kwargs))
         if func is aten.native_dropout.default:
             return self._dropout(values[0], func(*args, **kwargs), module)
-        if schema.random:
+        if schema.random and not _without_dropout(func, args, kwargs):
             raise Unrecorded(f"a random operation on active values ({func})")
         result = func(*args, **kwargs)
         if func is aten.as_strided.default and self._at(args[0]).root is not None:
