@@ -74,7 +74,7 @@ def test_probabilities_that_underflow(dtype: torch.dtype) -> None:
     (want,) = torch.autograd.grad(x_g, leaf, t, retain_graph=True)
     want += torch.autograd.grad(leaf.softmax(-1), leaf, g_t)[0]
     assert got is not None
-    assert float((got[0] - want).abs().max()) <= 16 * info.eps * float((g.abs().max() * t.abs().max() + g_t.abs().max()))
+    assert float((got[0] - want).abs().max()) <= 16 * info.eps * float(g.abs().max() * t.abs().max() + g_t.abs().max())
 
 
 @pytest.mark.parametrize("case", SOFTMAX, ids=lambda case: str(case[0]))
