@@ -81,7 +81,7 @@ def test_probabilities_that_underflow(dtype: torch.dtype) -> None:
 def test_half_precision_is_rounded_once(case: Any) -> None:
     func, rest = case
     x, g, t, g_t = (_random(5, 40, seed=s).to(torch.bfloat16) for s in (1, 2, 3, 4))
-    results = []
+    results: list[list[torch.Tensor]] = []
     for dtype in (torch.bfloat16, torch.float64):
         y = func(x.to(torch.float32).to(dtype), -1, *rest)
         call = Call(func, (x.to(dtype), -1, *rest), {}, y if dtype == torch.bfloat16 else results[0][0].to(dtype), lambda _: True)

@@ -71,12 +71,10 @@ class Softmax(_Along):
 
     def _project(self, v: torch.Tensor, owned: bool = False) -> torch.Tensor:
         """P v, into v where it is ours. On a GPU a fresh result costs nothing, and kernels may read rows twice."""
-        if v.shape[0] == 1 or self.p.numel() <= SMALL:
-            p = self.p.expand(v.shape)
-            if not (owned and v.is_cpu and v.is_contiguous()):
-                return aten._softmax_backward_data(v, p, self.dim, self.inside)
-            return aten._softmax_backward_data.out(v, p, self.dim, self.inside, grad_input=v)
         out = v if owned and v.is_cpu and v.is_contiguous() else torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        if v.shape[0] == 1 or self.p.numel() <= SMALL:
+            aten._softmax_backward_data.out(v, self.p.expand(v.shape), self.dim, self.inside, grad_input=out)
+            return out
         for row, into in zip(v, out, strict=True):
             aten._softmax_backward_data.out(row, self.p, self.dim, self.inside, grad_input=into)
         return out
