@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fastsharp.curvature.rop.fold_loss import fold_softmax_ce
 from fastsharp.curvature.rop.rule import Call
 
 
@@ -15,4 +16,5 @@ def fold(calls: list[Call], uses: Mapping[int, int]) -> list[Call]:
             A value may vanish inside a fused call where uses[id(t)] is 1. Tensors stand for values: the output of one call and the
             input of another are the same object, and a value that autograd holds constant is another object than the active one.
     """
+    calls = fold_softmax_ce(calls, uses)
     return calls
