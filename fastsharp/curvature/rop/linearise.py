@@ -74,13 +74,13 @@ class Linearised:
             frees[i].append(s)
 
         self._steps: list[_Step] = []
-        self.names = [(str(call.func).removeprefix("aten."), call.module) for call in calls]
+        self.names = [(_name(call.func), call.module) for call in calls]
         rows: Counter[tuple[str, str, str]] = Counter()
         calls.reverse()
         for (inputs, outputs), leading, free in zip(wired, network, frees, strict=True):
             call = calls.pop()  # what its part does not keep is freed before the next part is made
             part, by = _part(call, rules is None or i < rules)
-            rows[str(call.func).removeprefix("aten."), call.module, by] += 1
+            rows[_name(call.func), call.module, by] += 1
             self._steps.append(_Step(part, inputs, outputs, leading, tuple(free)))
         self._table = [Row(*key, n) for key, n in rows.items()]
         self.islands = tuple(dict.fromkeys(row.op for row in self._table if row.by == "island"))
@@ -186,6 +186,10 @@ def _part(call: Call, by_rule: bool) -> tuple[Part, str]:
     make = RULES.get(call.func) if by_rule or not isinstance(call.func, torch._ops.OpOverload) else None
     part = None if make is None else make(call)
     return (Island(call), "island") if part is None else (part, "rule")
+
+
+def _name(func: Any) -> str:
+    return str(func).removeprefix("aten.") if isinstance(func, torch._ops.OpOverload) else str(func.__name__)
 
 
 def _uses(tape: Tape) -> Counter[int]:
