@@ -74,7 +74,7 @@ class Linearised:
             frees[i].append(s)
 
         self._steps: list[_Step] = []
-        self.names = [(str(call.func).removeprefix("aten."), call.module) for call in calls]
+        self.names = [(_name(call.func), call.module) for call in calls]
         rows: Counter[tuple[str, str, str]] = Counter()
         calls.reverse()
         for i, ((inputs, outputs), leading, free) in enumerate(zip(wired, network, frees, strict=True)):
@@ -190,7 +190,7 @@ def _part(call: Call, by_rule: bool) -> tuple[Part, str]:
 
 def _name(func: Any) -> str:
     """addmm.default; a call that `fold` made by the name of its function."""
-    return str(func).removeprefix("aten.") if isinstance(func, torch._ops.OpOverload) else func.__name__
+    return str(func).removeprefix("aten.") if isinstance(func, torch._ops.OpOverload) else str(func.__name__)
 
 
 def _uses(tape: Tape) -> Counter[int]:
