@@ -132,7 +132,7 @@ def test_the_preflight_catches_a_backend_that_computes_another_matrix(with_picky
         return made
 
     backends.MAKERS["picky"] = wrong
-    with pytest.raises(EngineError, match="misses autograd.s by 1.0e-01") as caught:
+    with pytest.raises(EngineError, match=r"misses autograd.s by 1\.0e-01") as caught:
         fastsharp.lanczos(model, batches, k=1)
     check_message(caught.value)
 
