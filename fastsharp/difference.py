@@ -29,6 +29,8 @@ from torch.overrides import TorchFunctionMode
 from fastsharp.batches import count_of, head, tree_map
 from fastsharp.curvature.autograd import GaussNewtonGraph
 from fastsharp.curvature.network_output import network_output
+from fastsharp.curvature.rop.linearise import Linearised
+from fastsharp.curvature.rop.tape import record
 from fastsharp.losses import Loss, Value
 
 if TYPE_CHECKING:
@@ -165,6 +167,21 @@ class DoubleGradient:
             value = self._value(leaves)
             product = GaussNewtonGraph(value.loss, network_output(value), leaves).product(self._layout.views(v))
         return torch.zeros_like(v) if product is None else torch.cat([p.reshape(-1) for p in product])
+
+    def by_engine(self, v: torch.Tensor, rules: int | None = None) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+        """(A v at the weights by the R-operator, its calls); Unrecorded where it cannot be recorded. `rules` as in `Linearised`."""
+        leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
+        gauss = self._operator.kind == "ggn"
+
+        def evaluate() -> tuple[torch.Tensor | None, torch.Tensor]:
+            value = self._value(leaves)
+            return network_output(value) if gauss else None, value.loss
+
+        out = torch.zeros_like(v)[None]
+        with self._doubled():
+            linearised = Linearised(record(evaluate, leaves, modules=self._objective.model), rules=rules)
+            linearised.product(self._layout.rows(v[None]), self._layout.rows(out), gauss=gauss)
+        return out[0], linearised.names
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """g(theta), (n,)."""

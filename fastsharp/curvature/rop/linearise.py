@@ -36,7 +36,7 @@ class Row(NamedTuple):
     op: str
     module: str
     by: str
-    count: int
+    calls: int
 
 
 class Linearised:
@@ -47,55 +47,46 @@ class Linearised:
     gradient   by parameter, None where there is no path; set the attribute to None to free it
     unused     numbers of the parameters without a path to the loss
     islands    names of the calls that have no rule
+    names      (op, module) of every call, in order
     bypassed   whether the loss depends on parameters other than through the network's outputs: then there is no Gauss-Newton matrix
     """
 
-    def __init__(self, tape: Tape, *, scale: float = 1.0) -> None:
+    def __init__(self, tape: Tape, *, scale: float = 1.0, rules: int | None = None) -> None:
+        """rules: only the first so many calls by their rules, the others as islands; to find the rule that is at fault."""
         self.loss = tape.loss.detach().clone()
         calls = fold(tape.calls, _uses(tape))
         tape.calls = []
         network = _leading_to(calls, tape.outputs)
         self.bypassed = _bypassed(calls, network, tape)
-        slots: dict[int, int] = {}
-        for t in tape.params:
-            slots.setdefault(id(t), len(slots))
-        shapes = [tuple(t.shape) for t in tape.params]
-        assert len(slots) == len(shapes)
-        held = list(tape.params)  # ids are of live tensors only
+        slots = {id(t): i for i, t in enumerate(tape.params)}
+        wired: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         last: dict[int, int] = {}
-        wired = []
         for i, call in enumerate(calls):
             inputs = tuple(slots[id(t)] if a else -1 for t, a in zip(call.inputs, call.active, strict=True))
             outputs = tuple(slots.setdefault(id(t), len(slots)) for t in call.outputs)
-            held += call.outputs
-            last.update((s, i) for s in inputs if s >= 0)
+            last.update((s, i) for s in (*outputs, *inputs) if s >= 0)
             wired.append((inputs, outputs))
-        self._end = slots[id(tape.loss)]
-        end_like = tape.loss
-        self._slots = len(slots)
-        self._params = len(tape.params)
+        self._end, self._slots, self._params = slots[id(tape.loss)], len(slots), len(tape.params)
         used = {s for inputs, _ in wired for s in inputs}
         self.unused = tuple(i for i in range(self._params) if i not in used)
         frees: list[list[int]] = [[] for _ in calls]
         for s, i in last.items():
             frees[i].append(s)
-        self._steps: list[_Step] = []
-        rows: Counter[tuple[str, str, str]] = Counter()
-        for i, (call, (inputs, outputs)) in enumerate(zip(calls, wired, strict=True)):
-            part, by = _part(call)
-            rows[str(call.func).removeprefix("aten."), call.module, by] += 1
-            for s in outputs:
-                if s not in last:
-                    frees[i].append(s)
-            self._steps.append(_Step(part, inputs, outputs, network[i], tuple(s for s in frees[i] if s != self._end)))
-        self._table = [Row(*key, count) for key, count in rows.items()]
-        self.islands = tuple(dict.fromkeys(row.op for row in self._table if row.by == "island"))
-        del calls, held, tape
-        self.gradient: list[torch.Tensor | None] | None = self._adjoints(torch.full_like(end_like, scale))
 
-    def product(
-        self, tangents: Sequence[torch.Tensor], into: Sequence[torch.Tensor], *, scale: float = 1.0, gauss: bool = False
-    ) -> None:
+        self._steps: list[_Step] = []
+        self.names = [(str(call.func).removeprefix("aten."), call.module) for call in calls]
+        rows: Counter[tuple[str, str, str]] = Counter()
+        calls.reverse()
+        for (inputs, outputs), leading, free in zip(wired, network, frees, strict=True):
+            call = calls.pop()  # what its part does not keep is freed before the next part is made
+            part, by = _part(call, rules is None or i < rules)
+            rows[str(call.func).removeprefix("aten."), call.module, by] += 1
+            self._steps.append(_Step(part, inputs, outputs, leading, tuple(free)))
+        self._table = [Row(*key, n) for key, n in rows.items()]
+        self.islands = tuple(dict.fromkeys(row.op for row in self._table if row.by == "island"))
+        self.gradient: list[torch.Tensor | None] | None = self._adjoints(torch.full_like(tape.loss, scale))
+
+    def product(self, tangents: Sequence[torch.Tensor], into: Sequence[torch.Tensor], *, scale: float = 1.0, gauss: bool = False) -> None:
         """into += scale * H tangents, each given by parameter as (b, *shape), strided as they come.
 
         gauss   the Gauss-Newton matrix in place of H. A scale other than 1 costs a pass over the tangents; that of the constructor none
@@ -190,8 +181,9 @@ class _Sums:
         return value
 
 
-def _part(call: Call) -> tuple[Part, str]:
-    make = RULES.get(call.func)
+def _part(call: Call, by_rule: bool) -> tuple[Part, str]:
+    # a call that folding made is no operation of torch: it has its rule alone
+    make = RULES.get(call.func) if by_rule or not isinstance(call.func, torch._ops.OpOverload) else None
     part = None if make is None else make(call)
     return (Island(call), "island") if part is None else (part, "rule")
 

@@ -2,14 +2,14 @@
 
 Two tensors hold the same value where they are the same numbers of the same storage at the same time, so a value goes by
 (storage, offset, shape, strides, dtype) until the storage is written. A call that writes is entered as the call that computes the new
-value; after a write to a part of a storage the whole of it is a new value too (as_strided_scatter), from which other views
-of it are read again (as_strided). Numbers that a write would destroy and the tape holds are copied first.
+value; after a write to a part of a storage the whole of it is a new value too (slice_scatter and its like), from which other
+views of it are read again. Numbers that a write would destroy and the tape holds are copied first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -67,19 +67,34 @@ class _Schema(NamedTuple):
     turns: bool  # changes the shape or strides of its argument, not its numbers
 
 
-@lru_cache(maxsize=None)
+@cache
+def _name(func: Any) -> str:
+    return str(func._schema.name.split("::")[1])
+
+
+# what makes a tensor in the image of another one; its numbers have no part in it
+_NO_DERIVATIVE = frozenset(
+    ["empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "bernoulli"]
+    + ["new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"]
+)
+
+
+@cache
 def _schema(func: Any) -> _Schema:
     written = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     return _Schema(tuple(written), torch.Tag.nondeterministic_seeded in func.tags, torch.Tag.inplace_view in func.tags)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _functional(func: Any) -> Any:
     """The overload that computes what this one writes into its first argument, None where there is none."""
-    name, overload = func._schema.name.split("::")[1], func._overloadname
-    if func.namespace != "aten" or not name.endswith("_") or name in _REALLOCATE or [i for i, _ in _schema(func).writes] != [0]:
+    name = _name(func)
+    packet = getattr(aten, name[:-1], None) if func.namespace == "aten" and name.endswith("_") and name not in _REALLOCATE else None
+    if packet is None or [i for i, _ in _schema(func).writes] != [0]:
         return None
-    return getattr(getattr(aten, name[:-1], None), overload, None)
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]  # overloads of the two are not always named alike: transpose.int
+    alike = [o for o in packet.overloads() if [(a.name, str(a.type)) for a in getattr(packet, o)._schema.arguments] == wanted]
+    return getattr(packet, alike[0]) if alike else None
 
 
 _REALLOCATE = ("resize_", "resize_as_", "set_")
@@ -122,7 +137,8 @@ class Memory:
     def call(self, func: Any, args: Any, kwargs: Any, module: str) -> Any:
         """Run a call; enter it where it is active or writes what the tape holds."""
         leaves, spec = tree_flatten((args, kwargs))
-        active = torch.is_grad_enabled() and any(self._active(t) for t in leaves if isinstance(t, torch.Tensor))
+        active = torch.is_grad_enabled() and _name(func) not in _NO_DERIVATIVE
+        active = active and any(self._active(t) for t in leaves if isinstance(t, torch.Tensor))
         schema = _schema(func)
         if schema.writes:
             if not active:
@@ -175,7 +191,9 @@ class Memory:
             root = None if at.root is None else at.values[at.root]
             if root is None or root.tensor.dtype != t.dtype:
                 raise Unrecorded("a view of memory that was written in part")
-            at.values[key] = self._apply(aten.as_strided.default, (root, list(t.shape), list(t.stride()), t.storage_offset()), {}, "")
+            whole = (aten.as_strided.default, (list(t.shape), list(t.stride()), t.storage_offset()))
+            f, args = _window(root.tensor, t) or whole
+            at.values[key] = self._apply(f, (root, *args), {}, "")
         return at.values[key]
 
     def _active(self, t: torch.Tensor) -> bool:
@@ -239,8 +257,10 @@ class Memory:
 
     def _write(self, func: Any, schema: _Schema, args: Any, kwargs: Any, module: str) -> Any:
         """Run a call that writes active values into its first argument."""
+        if schema.random:
+            raise Unrecorded(f"a random operation on active values ({func})")
         f = _functional(func)
-        if f is None or schema.random:
+        if f is None:
             raise Unrecorded(f"a write without a functional form ({func})")
         target = args[0]
         at = self._at(target)
@@ -265,19 +285,35 @@ class Memory:
         return target
 
     def _scattered(self, at: _Storage, target: torch.Tensor, value: Value, module: str) -> Value:
-        """The whole of a storage of which a part is written."""
-        if at.root is not None:
-            root = at.values[at.root]
-        elif at.active:
-            raise Unrecorded("a write to a part of a tensor that is not the whole of its memory")
-        else:
-            size = at.storage.nbytes() // target.element_size()
-            root = Value(_lying(at.storage.clone(), target.dtype, (size,), (1,), 0), False)
-            at.root = _key(root.tensor, True)
+        """The whole of a storage of which a part is written; not by as_strided_scatter, whose derivative in torch 2.10 to 2.14 is wrong."""
+        root = self._root(at, target)
         if root.tensor.dtype != target.dtype:
             raise Unrecorded("a write to memory that is seen as another dtype")
-        args = (root, value, list(target.shape), list(target.stride()), target.storage_offset())
-        return self._apply(aten.as_strided_scatter.default, args, {}, module)
+        window = _window(root.tensor, target)
+        if window is not None:
+            scatter = aten.select_scatter.default if window[0] is aten.select.int else aten.slice_scatter.default
+            return self._apply(scatter, (root, value, *window[1]), {}, module)
+        size = root.tensor.numel()
+        if root.tensor.ndim != 1:
+            root = self._apply(aten.as_strided.default, (root, [size], [1], 0), {}, module)
+            at.root = _key(root.tensor, True)
+        index = torch.arange(size, device=target.device).as_strided(target.shape, target.stride(), target.storage_offset())
+        return self._apply(aten.index_put.default, (root, [Value(index.contiguous(), False)], value), {}, module)
+
+    def _root(self, at: _Storage, target: torch.Tensor) -> Value:
+        """The whole of a storage before a part of it, `target`, is written."""
+        if at.root is not None:
+            return at.values[at.root]
+        if at.active:
+            raise Unrecorded("a write to a part of a tensor that is not the whole of its memory")
+        base = target._base
+        if base is not None and _covers(base) and base.dtype == target.dtype:
+            at.root = _key(base, True)
+            return self.read(base)
+        size = at.storage.nbytes() // target.element_size()
+        root = Value(_lying(at.storage.clone(), target.dtype, (size,), (1,), 0), False)
+        at.root = _key(root.tensor, True)
+        return root
 
     def _computed(self, f: Any, target: torch.Tensor, args: Any, kwargs: Any, module: str) -> Value:
         """What the write leaves in its target, in the target's dtype, shape and strides."""
@@ -286,7 +322,8 @@ class Memory:
         else:
             leaves, spec = tree_flatten((args, kwargs))
             inputs = [self.read(t) if isinstance(t, torch.Tensor) else t for t in leaves]
-            value = self._apply(f, *tree_unflatten(inputs, spec), module)
+            given_args, given_kwargs = tree_unflatten(inputs, spec)
+            value = self._apply(f, given_args, given_kwargs, module)
         if value.tensor.dtype != target.dtype:
             value = self._apply(aten._to_copy.default, (value,), {"dtype": target.dtype}, module)
         if value.tensor.shape != target.shape:
@@ -309,3 +346,24 @@ class Memory:
 
 def _lying(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Any, stride: Any, offset: int) -> torch.Tensor:
     return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
+
+
+def _window(whole: torch.Tensor, t: torch.Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """The call, select or slice, by which t can be had from a whole that begins where the storage does; None where neither can."""
+    shape, stride, offset = tuple(t.shape), tuple(t.stride()), t.storage_offset()
+    for d in range(whole.ndim):
+        size, step = whole.shape[d], whole.stride(d)
+        start, rest = divmod(offset, step) if step else (0, offset)
+        if rest or not start < size:
+            continue
+        others = [k for k in range(whole.ndim) if k != d]
+        if shape == tuple(whole.shape[k] for k in others) and stride == tuple(whole.stride(k) for k in others):
+            return aten.select.int, (d, start)
+        if t.ndim != whole.ndim or any(shape[k] != whole.shape[k] or stride[k] != whole.stride(k) for k in others):
+            continue
+        if stride[d] == step and start + shape[d] <= size:
+            return aten.slice.Tensor, (d, start, start + shape[d])
+        every, rest = divmod(stride[d], step)
+        if not rest and every > 0 and shape[d] and start + every * (shape[d] - 1) < size:
+            return aten.slice.Tensor, (d, start, start + every * (shape[d] - 1) + 1, every)
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .rule import Call, Part, Tangents
+from fastsharp.curvature.rop.rule import Call, Part, Tangents
 
 Factor = torch.Tensor | float
 
@@ -77,15 +77,21 @@ def _times(factor: Factor, t: torch.Tensor) -> torch.Tensor:
     return t if isinstance(factor, float) and factor == 1.0 else t * factor
 
 
+def _covers(total: torch.Tensor, t: torch.Tensor) -> bool:
+    """Whether t broadcasts to the shape of total, and total is none the larger for it."""
+    trailing = zip(reversed(total.shape), reversed(t.shape), strict=False)
+    return t.dim() <= total.dim() and all(n == 1 or n == m for m, n in trailing)
+
+
 def _plus(total: torch.Tensor | None, factor: Factor, t: torch.Tensor, owned: bool) -> torch.Tensor:
     """total + factor * t in one pass, into `total` where the caller owns it and it is large enough."""
     if total is None:
         return _times(factor, t)
     if isinstance(factor, float):
-        if owned and total.shape == torch.broadcast_shapes(total.shape, t.shape):
+        if owned and _covers(total, t):
             return total.add_(t, alpha=factor)
         return torch.add(total, t, alpha=factor)
-    if owned and total.shape == torch.broadcast_shapes(total.shape, t.shape, factor.shape):
+    if owned and _covers(total, t) and _covers(total, factor):
         return total.addcmul_(t, factor)
     return torch.addcmul(total, t, factor)
 
@@ -112,7 +118,8 @@ class Pointwise(Part):
         owned = False
         for slope, t in zip(self.slopes, lifted, strict=True):
             if t is not None and slope is not None:
-                y_t, owned = _plus(y_t, slope, t, owned), y_t is not None or not _is_one(slope)
+                first = y_t is None
+                y_t, owned = _plus(y_t, slope, t, owned), not (first and _is_one(slope))
         if y_t is not None and y_t.shape[1:] != self.shape:
             y_t = y_t.expand(-1, *self.shape)
         return [y_t], lifted if self.second_order else None

@@ -29,7 +29,7 @@ class Tape:
 
     calls     in the order of their evaluation; tensors stand for values, see `fold.fold`
     params    the value of each parameter, as it appears in the calls
-    outputs   the network's outputs that depend on the parameters
+    outputs   the network's outputs on which the loss depends; in place of a view what it views
     loss      the value of the loss
     """
 
@@ -59,14 +59,32 @@ def record(fn: Callable[[], tuple[Any, torch.Tensor]], params: Sequence[torch.Te
         outputs, loss = fn()
     if loss.numel() != 1:
         raise Unrecorded(f"a loss of {loss.numel()} numbers")
-    _check_graph(loss, params, first)
+    reached = _reached(loss, first)
     end = memory.read(loss)
     marked = [memory.read(t) for t in tree_flatten(outputs)[0] if isinstance(t, torch.Tensor)]
-    return _tape(memory, end, marked)
+    tape, followed = _tape(memory, end, [_viewed(memory, v) for v in marked])
+    if any(id(p) in reached and v not in followed for p, v in zip(params, memory.params, strict=True)):
+        raise Unrecorded("a path to a parameter that is autograd's alone")
+    return tape
 
 
-def _tape(memory: Memory, end: Value, marked: list[Value]) -> Tape:
-    """Calls on the path to the loss, with their tensors in place of values."""
+def _viewed(memory: Memory, value: Value) -> Value:
+    """The value of which this one is a view: a loss may view it in its own way, and views, linear, may count to either side."""
+    for entry in reversed(memory.entries):
+        if value in entry.outputs and _is_view(entry.func):
+            value = next(v for v in entry.inputs if v.active)
+    return value
+
+
+def _is_view(func: Any) -> bool:
+    if func is torch.ops.aten._unsafe_view.default:
+        return True
+    returned = func._schema.returns[0].alias_info
+    return returned is not None and not returned.is_write
+
+
+def _tape(memory: Memory, end: Value, marked: list[Value]) -> tuple[Tape, set[Value]]:
+    """Calls on the path to the loss, with their tensors in place of values; and the active values on it."""
     if not end.active:
         raise Unrecorded("a loss that does not depend on the parameters")
     needed = {end}
@@ -85,14 +103,14 @@ def _tape(memory: Memory, end: Value, marked: list[Value]) -> Tape:
     for entry in reversed(kept):
         args, kwargs = tree_map(tensor, (entry.args, entry.kwargs))
         calls.append(Call(entry.func, args, kwargs, [v.tensor for v in entry.outputs], lambda t: id(t) in active, entry.module))
-    return Tape(calls, [v.tensor for v in memory.params], [v.tensor for v in marked if v in needed], end.tensor)
+    return Tape(calls, [v.tensor for v in memory.params], [v.tensor for v in marked if v in needed], end.tensor), needed
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enters each call in the memory, and runs it."""
 
     def __init__(self, memory: Memory, path: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory = memory
         self._path = path
 
@@ -106,9 +124,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook):
             raise Unrecorded("a hook on the gradient of a tensor")
-        if func in _RECURRENT:
-            with torch.backends.mkldnn.flags(enabled=False):
+        if func in _RECURRENT and torch.backends.mkldnn.enabled:
+            torch._C._set_mkldnn_enabled(False)
+            try:
                 return func(*args, **(kwargs or {}))
+            finally:
+                torch._C._set_mkldnn_enabled(True)
         return func(*args, **(kwargs or {}))
 
 
@@ -132,6 +153,8 @@ def _refuse(params: Sequence[torch.Tensor], modules: nn.Module | None) -> None:
 def _paths(modules: nn.Module | None) -> Iterator[list[str]]:
     """A stack whose top is the name of the module that runs. The hooks are global ones: the caller's modules are not touched."""
     names = {id(m): name for name, m in modules.named_modules()} if modules is not None else {}
+    if modules is not None and any(type(m).__name__ == "OptimizedModule" for m in modules.modules()):
+        names = {}  # torch warns of global hooks beside a compiled module
     path = [""]
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -158,17 +181,21 @@ def _sequence_number() -> int:
     return int(node._sequence_nr())
 
 
-def _check_graph(loss: torch.Tensor, params: Sequence[torch.Tensor], first: int) -> None:
-    """Whether every node of the graph was made by a call that the tape saw."""
-    seen: set[Any] = set()
+def _reached(loss: torch.Tensor, first: int) -> set[int]:
+    """Identities of the leaf tensors to which the graph leads; every node of it must be one that the tape saw being made."""
+    leaves: set[int] = set()
+    seen: set[Any] = {None}
     stack: list[Any] = [loss.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "_forward_cls"):
             raise Unrecorded(f"the custom autograd.Function {node._forward_cls.__name__}")
-        if not hasattr(node, "variable") and node._sequence_nr() < first:
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        elif node._sequence_nr() < first:
             raise Unrecorded(f"a graph from before this evaluation ({node.name()})")
         stack.extend(following for following, _ in node.next_functions)
+    return leaves

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_flatten
 
-from .check import check_rule
+from tests.curvature.rop.check import check_rule
 
 
 class Case(NamedTuple):

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fastsharp.curvature.rop.rule import RULES, Call
-
-from .check import part_of
-from .subsets import Case, channels_last, check_case
+from tests.curvature.rop.check import part_of
+from tests.curvature.rop.subsets import Case, channels_last, check_case
 
 aten = torch.ops.aten
 i = torch.tensor

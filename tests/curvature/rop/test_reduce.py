@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fastsharp.curvature.rop.rule import RULES, Call
-
-from .subsets import Case, channels_last, check_case
+from tests.curvature.rop.subsets import Case, channels_last, check_case
 
 aten = torch.ops.aten
 

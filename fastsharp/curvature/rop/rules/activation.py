@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..parts import Pointwise
-from ..rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.parts import Pointwise
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
 
 aten = torch.ops.aten
 

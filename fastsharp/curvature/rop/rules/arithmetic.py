@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..parts import Constant, Factor, Pointwise, lift, sum_to
-from ..rule import Call, Part, rule
+from fastsharp.curvature.rop.parts import Constant, Factor, Pointwise, lift, sum_to
+from fastsharp.curvature.rop.rule import Call, Part, rule
 
 aten = torch.ops.aten
 
@@ -273,7 +273,7 @@ def unary(call: Call) -> Part | None:
 
 
 @rule(aten.nan_to_num.default)
-def nan_to_num(call: Call) -> Part:
+def nan_to_num(call: Call) -> Part | None:
     return _pointwise(call, call.args[:1], (call.args[0].isfinite(),))
 
 

@@ -10,11 +10,12 @@ Whatever meets a primal weight folds b into the batch; a tangent of the weight t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
-from ..rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
 
 aten = torch.ops.aten
 
@@ -29,25 +30,23 @@ def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if x.numel() >= weight.numel() else torch.contiguous_format
 
 
-@rule(aten.convolution.default)
 class Convolution(Part):
-    def __init__(self, call: Call) -> None:
-        self._set_up(call, call.args[3:])
-
-    def _set_up(self, call: Call, options: Any) -> None:
-        x, weight = call.inputs[:2]
-        self.on = [*call.active, False][:3]
-        self.inputs = len(call.inputs)
-        self.second_order = self.on[0] and self.on[1]
-        self.options = tuple(options)
+    def __init__(self, x: Tensor, weight: Tensor, y: Tensor, options: Sequence[Any], on: Sequence[bool], inputs: int = 3) -> None:
+        """on: whether x, weight, bias are active; options: stride, padding, dilation, transposed, output padding, groups."""
+        self.on, self.inputs, self.options = on, inputs, tuple(options)
+        self.second_order = on[0] and on[1]
         self.format = _layout(x, weight)
-        self.x = x.contiguous(memory_format=self.format)
+        self.x = self.laid(x)
         self.weight = weight
-        self.y_shape = call.outputs[0].shape
+        self.y_shape = y.shape
+
+    def laid(self, t: Tensor) -> Tensor:
+        """t in the layout of this part."""
+        return t.contiguous(memory_format=self.format)
 
     def _fold(self, t: Tensor) -> Tensor:
         """(b, N, ...) -> (b N, ...), in the layout of this part."""
-        return t.flatten(0, 1).contiguous(memory_format=self.format)
+        return self.laid(t.flatten(0, 1))
 
     def tangent(self, x_t: Tangents) -> tuple[list[Tensor | None], Any]:
         a_t, w_t = x_t[:2]
@@ -73,32 +72,35 @@ class Convolution(Part):
         return torch.empty(n, *self.x.shape[1:], dtype=self.x.dtype, device=self.x.device, memory_format=self.format)
 
     def _corr(self, g: Tensor, x: Tensor) -> Tensor:
-        return aten.convolution_backward.default(g, x, self.weight, None, *self.options, [False, True, False])[1]
+        _, corr, _ = aten.convolution_backward.default(g, x, self.weight, None, *self.options, [False, True, False])
+        return cast(Tensor, corr)
 
     def _spread(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return aten.convolution_backward.default(g, x, weight, None, *self.options, [True, False, False])[0]
+        spread, _, _ = aten.convolution_backward.default(g, x, weight, None, *self.options, [True, False, False])
+        return cast(Tensor, spread)
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[Tensor | None]:
         x_t, w_t = kept or (None, None)
         g = self.y_g[0] if kept is not None and self.second_order else None
         into = into or (None,) * self.inputs
         out: list[Tensor | None] = [None] * self.inputs
-        b = next(len(t) for t in (*y_gt, w_t) if t is not None) if y_gt[0] is not None or w_t is not None else len(x_t) // len(self.x)
         n = len(self.x)
+        widths = ((y_gt[0], 1), (w_t, 1), (x_t, n))  # x_t is kept with b folded into the batch
+        b = next(len(t) // each for t, each in widths if t is not None)
         g_t = None if y_gt[0] is None else self._fold(y_gt[0])
         if self.on[0]:
             total: Tensor | None = None
             if g_t is not None:
                 # only shape and layout of the input are read
                 like = self.x if b == 1 else self._blank(b * n)
-                total = self._spread(g_t, like, self.weight).unflatten(0, (b, n))
+                total = torch.unflatten(self._spread(g_t, like, self.weight), 0, (b, n))
             if g is not None and w_t is not None:
-                each = [self._spread(g, self.x, w) for w in w_t]
+                second = [self._spread(g, self.x, w) for w in w_t]
                 if total is None:
-                    total = torch.stack(each)
+                    total = torch.stack(second)
                 else:
                     for k in range(b):
-                        total[k].add_(each[k])
+                        total[k].add_(second[k])
             out[0] = total
         if self.on[1]:
             total = into[1]
@@ -122,5 +124,10 @@ class Convolution(Part):
         return out
 
     def adjoint(self, y_g: Tangents) -> list[Tensor | None]:
-        kept = [None if g is None else g.contiguous(memory_format=self.format) for g in y_g]
-        return super().adjoint(kept)
+        return super().adjoint([None if g is None else self.laid(g) for g in y_g])
+
+
+@rule(aten.convolution.default)
+def convolution(call: Call) -> Part:
+    x, weight = call.inputs[:2]
+    return Convolution(x, weight, call.outputs[0], call.args[3:], [*call.active, False][:3], len(call.inputs))

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..parts import Constant, Layout, Linear, lift, sum_to
-from ..rule import Call, Part, Tangents, rule
-from .views import dim_of
+from fastsharp.curvature.rop.parts import Constant, Layout, Linear, lift, sum_to
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rules.views import dim_of
 
 aten = torch.ops.aten
 
@@ -97,14 +97,15 @@ class Places:
         self.indices = [None, *_indices(given)]
         used = [i for i, index in enumerate(self.indices) if index is not None]
         self.apart = used != list(range(used[0], used[-1] + 1))  # then torch puts the indexed dimensions in front of b
-        self.dims = len(torch.broadcast_shapes(*(index.shape for index in self.indices if index is not None)))
+        self.dims = max(index.dim() for index in self.indices if index is not None)
 
     def take(self, t: torch.Tensor) -> torch.Tensor:
-        y = aten.index.Tensor(t, self.indices)
+        y: torch.Tensor = aten.index.Tensor(t, self.indices)
         return y.movedim(self.dims, 0) if self.apart else y
 
     def put(self, t: torch.Tensor, values: torch.Tensor, accumulate: bool) -> torch.Tensor:
-        return aten.index_put_.default(t, self.indices, values.movedim(0, self.dims) if self.apart else values, accumulate)
+        aten.index_put_.default(t, self.indices, values.movedim(0, self.dims) if self.apart else values, accumulate)
+        return t
 
 
 @rule(aten.index.Tensor)
@@ -220,7 +221,7 @@ class Scatter(Part):
         self.axis, self.adds, self.layout = dim_of(dim, x.dim()), adds, Layout(call.outputs[0])
         self.inputs, self.x = len(call.inputs), call.active[0]
         self.src = Layout(call.inputs[2]) if len(call.inputs) > 2 and call.active[2] else None
-        self.window = tuple(slice(0, n) for n in self.index.shape)  # src may be larger than the index
+        self.window = (slice(None), *(slice(0, n) for n in self.index.shape))  # src may be larger than the index
 
     def tangent(self, x_t: Tangents) -> tuple[list[torch.Tensor | None], Any]:
         x, src = x_t[0], x_t[2] if len(x_t) > 2 else None
@@ -245,8 +246,9 @@ class Scatter(Part):
             if self.src.shape == tuple(self.index.shape):
                 x_gt[2] = read
             else:
-                x_gt[2] = self.src.zeros(g)
-                x_gt[2][(slice(None), *self.window)] = read
+                whole = self.src.zeros(g)
+                whole[self.window] = read
+                x_gt[2] = whole
         if self.x:
             x_gt[0] = g if self.adds else self.layout.empty(g).copy_(g).scatter_(self.axis, index, 0.0)
         return x_gt

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
 
 aten = torch.ops.aten
 
@@ -29,17 +29,17 @@ def gather(out: Tensor | None, left: Tensor, right: Tensor, b: int, alpha: float
     dims = max(2, min(left.dim(), right.dim()))
     left, right = (t if t.dim() > dims else t.expand(b, *t.shape) for t in (left, right))
     if out is None and alpha == 1.0 and dims == 2 and right.stride(0) == 0 and left.is_contiguous():
-        return torch.mm(left.flatten(0, 1), right[0]).unflatten(0, (b, -1))
+        return torch.mm(left.flatten(0, 1), right[0]).view(b, left.shape[1], right.shape[2])
     beta = 1.0
     if out is None:
         out, beta = left.new_empty(*left.shape[:-1], right.shape[-1]), 0.0
     if dims == 2 and b > 1:
         return out.baddbmm_(left, right, beta=beta, alpha=alpha)
-    for o, one, other in zip(out, left, right, strict=True):
+    for o, a, c in zip(out, left, right, strict=True):
         if dims == 2:
-            o.addmm_(one, other, beta=beta, alpha=alpha)
+            o.addmm_(a, c, beta=beta, alpha=alpha)
         else:
-            o.baddbmm_(one, other, beta=beta, alpha=alpha)
+            o.baddbmm_(a, c, beta=beta, alpha=alpha)
     return out
 
 
@@ -163,7 +163,7 @@ def added_matrix_vector(call: Call) -> Part:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' + c on the parameter itself: what `fold` makes of t and addmm, so that W_gt has a place in the flat result."""
-    return aten.linear.default(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 @rule(aten.linear.default, linear)

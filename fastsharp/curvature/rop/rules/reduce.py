@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..parts import Chain, Constant, Linear, Pointwise
-from ..rule import Call, Part, Tangents, rule
-from .views import dim_of
+from fastsharp.curvature.rop.parts import Chain, Constant, Linear, Pointwise
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rules.views import dim_of
 
 aten = torch.ops.aten
 

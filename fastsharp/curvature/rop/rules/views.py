@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..parts import Constant, Layout, Linear, lift, sum_to
-from ..rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.parts import Constant, Layout, Linear, lift, sum_to
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
 
 aten = torch.ops.aten
 
@@ -190,6 +190,7 @@ class Split(Part):
 
     def tangent(self, x_t: Tangents) -> tuple[list[torch.Tensor | None], Any]:
         (t,) = x_t
+        assert t is not None
         return list(self.cut(t)), None
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[torch.Tensor | None]:
@@ -213,7 +214,7 @@ def split(call: Call) -> Part | None:
         return Split(call, lambda t: t.unbind(dim))
     dim = dim_of(call.argument(2, "dim", 0), n)
     sizes = [y.shape[dim - 1] for y in call.outputs]
-    return Split(call, lambda t: t.split(sizes, dim))
+    return Split(call, lambda t: torch.split_with_sizes(t, sizes, dim))
 
 
 class Join(Part):
@@ -250,7 +251,7 @@ def cat(call: Call) -> Part | None:
         return None  # the empty 1-d tensors that cat skips
     dim = dim_of(call.argument(1, "dim", 0), n)
     sizes = [x.shape[dim - 1] for x in call.inputs]
-    return Join(call, lambda t: t.split(sizes, dim))
+    return Join(call, lambda t: torch.split_with_sizes(t, sizes, dim))
 
 
 @rule(aten.stack.default)
