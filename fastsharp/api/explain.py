@@ -10,7 +10,7 @@ from torch import nn
 from fastsharp.batches import as_loader
 from fastsharp.curvature import Hessian
 from fastsharp.curvature.backends import MAKERS, candidates
-from fastsharp.curvature.batch_products import BatchProducts, Request, Unavailable
+from fastsharp.curvature.batch_products import Request, Unavailable
 from fastsharp.curvature.engine import TapeProducts
 from fastsharp.curvature.rop.linearise import Row
 from fastsharp.params import Selector
@@ -39,21 +39,22 @@ def explain(
     """
     first = next(iter(as_loader(batch)), None)
     hessian = Hessian(model, [] if first is None else [first], loss_fn, params=params, bn=bn, dropout=dropout)
+    request = Request(hessian.objective, 0, hessian.objective.batches.first())
+    *auto, last = candidates("auto")
     refusals: dict[str, str] = {}
     calls: tuple[Calls, ...] = ()
-    made: dict[str, BatchProducts] = {}
     with hessian.objective.quiet():
-        for name, maker in MAKERS.items():
+        for name in (name for name in MAKERS if name != last):
             try:
-                products = maker(Request(hessian.objective, 0, hessian.objective.batches.first())).products
+                products = MAKERS[name](request).products
             except Unavailable as reason:
                 refusals[name] = str(reason)
                 continue
-            made[name] = products
             if isinstance(products, TapeProducts):
                 calls = _by_op(products.table())
-        backend = next(name for name in candidates("auto") if name in made)
-        made[backend].check_twice_differentiable()
+        backend = next((name for name in auto if name not in refusals), last)
+        if backend == last:  # it takes every model that has products at all
+            MAKERS[last](request).products.check_twice_differentiable()
     return Explanation(backend, refusals, calls)
 
 
