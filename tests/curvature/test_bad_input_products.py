@@ -199,6 +199,63 @@ def test_a_model_that_drifts_from_call_to_call_is_refused(backend):
     check_message(caught.value)
 
 
+class Edits(nn.Module):
+    """Writes its own weights in the forward pass: seen by autograd's counters, past them, or as another module."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.how = small()[0], how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            with torch.no_grad():
+                self.net[0].weight.mul_(0.99)
+        elif self.how == "through .data":
+            self.net[0].weight.data.mul_(0.99)
+        else:
+            self.net[2] = nn.Linear(4, 3).double()
+        return self.net(x)
+
+
+@pytest.mark.parametrize("preflight", ["fast", "off"])
+@backends
+@pytest.mark.parametrize("how", ["in place", "through .data", "another module"])
+def test_a_model_that_edits_its_weights_is_refused(how, backend, preflight):
+    with pytest.raises((StaleOperatorError, NondeterministicOperatorError, EngineError)) as caught:
+        fastsharp.lanczos(Edits(how), small()[1], nn.CrossEntropyLoss(), k=1, backend=backend, preflight=preflight)
+    check_message(caught.value)
+
+
+class Remembers(nn.Module):
+    """Keeps what it saw, with its graph; `share` of the last output is added to the next one."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.net, self.share, self.seen = small()[0], share, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        if self.share and self.seen:
+            z = z + self.share * self.seen[-1].mean(0)
+        self.seen.append(z)
+        return z
+
+
+@kinds
+@backends
+def test_a_model_that_keeps_its_activations(backend, kind):
+    model = Remembers(0.0)
+    operator = KINDS[kind](model, small()[1], nn.CrossEntropyLoss(), backend=backend)
+    assert error(operator, lambda V: explicit(kind, model, model.parameters(), small()[1], V)) <= GATE
+
+
+@backends
+def test_a_model_that_adds_its_last_output_is_refused(backend):
+    with pytest.raises((NondeterministicOperatorError, EngineError), match=r"differ|before this evaluation") as caught:
+        fastsharp.lanczos(Remembers(0.5), small()[1], nn.CrossEntropyLoss(), k=1, backend=backend)
+    check_message(caught.value)
+
+
 # --- hooks --------------------------------------------------------------------------------------------------------------
 
 
