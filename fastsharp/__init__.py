@@ -7,6 +7,7 @@ from fastsharp._environment import __version__ as __version__
 from fastsharp._environment import info as info
 from fastsharp.api import bracket as bracket
 from fastsharp.api import density as density
+from fastsharp.api import explain as explain
 from fastsharp.api import frobenius as frobenius
 from fastsharp.api import lanczos as lanczos
 from fastsharp.api import logdet as logdet
@@ -24,5 +25,6 @@ from fastsharp.results import Bracket as Bracket
 from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
+from fastsharp.results import Explanation as Explanation
 from fastsharp.results import Spectrum as Spectrum
 from fastsharp.training import Tracker as Tracker

@@ -84,9 +84,7 @@ def lanczos(args: argparse.Namespace) -> int:
     model = _factory(args.model)
     load_weights(model, args.weights)
     images = data.load(args.data, split=args.split, root=args.root, samples=args.samples, seed=args.seed)
-    options = {
-        key: getattr(args, key) for key in ("k", "which", "tol", "criterion", "max_iter", "seed", "params", "bn", "dropout", "resume")
-    }
+    options = {key: getattr(args, key) for key in _PASSED_ON}
     options["loss_fn"] = F.mse_loss if args.loss == "mse" else F.cross_entropy
     return _measure(
         model.to(device),
@@ -163,6 +161,7 @@ def _measure(
     return OK
 
 
+_PASSED_ON = ("k", "which", "tol", "criterion", "max_iter", "seed", "params", "bn", "dropout", "operator", "backend", "resume")
 _WRITTEN = ("result.json", "eigenvalues.png", "eigenvectors.safetensors")
 
 
@@ -264,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--params", action="append", metavar="GLOB", help="parameters to include, may be repeated (all)")
     p.add_argument("--bn", choices=("eval", "frozen-batch-stats"), help="which Hessian is meant for BatchNorm (eval)")
     p.add_argument("--dropout", choices=("eval", "fixed-masks"), help="which Hessian is meant for Dropout (eval)")
+    p.add_argument("--operator", choices=("hessian", "ggn"), default="hessian", help="Hessian or Gauss-Newton matrix (%(default)s)")
+    p.add_argument("--backend", choices=("auto", "rop", "autograd", "mlp"), default="auto", help="what computes products (%(default)s)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
     p.add_argument("--out", metavar="DIR", help="folder for result.json and eigenvalues.png")
     p.add_argument("--resume", metavar="LOG", help="log of the products: created, or continued after a crash")

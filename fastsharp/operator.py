@@ -21,7 +21,7 @@ BF16_NOISE, TF32_NOISE = 2.0**-8, 2.0**-11  # unit roundoffs: 8 and 11 significa
 
 
 class SymmetricOperator(ABC):
-    """A symmetric linear map on R^n; subclasses define `_apply` alone and are not subclassed again.
+    """A symmetric linear map on R^n; subclasses define `_apply` alone. Concrete ones are final.
 
     n         dimension
     dtype     float32 or float64: of the vectors that go in and come out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -92,6 +93,24 @@ def test_options_reach_the_solver(folder, capsys):
     record = strict(folder / "out" / "result.json")
     assert record["n_parameters"] == 784 * 4 + 4
     assert record["settings"]["which"] == "SA" and record["settings"]["criterion"] == "value"
+
+
+def test_matrix_and_backend_reach_the_solver(folder):
+    assert run("--out", "hessian") == cli.OK
+    assert run("--operator", "ggn", "--backend", "autograd", "--out", "ggn") == cli.OK
+    hessian, ggn = (strict(folder / name / "result.json") for name in ("hessian", "ggn"))
+    assert hessian["settings"]["operator"] == "hessian"
+    assert ggn["settings"]["operator"] == "ggn" and ggn["settings"]["backend"] == "autograd"
+    assert abs(hessian["eigenvalues"][0] - ggn["eigenvalues"][0]) > 1e-3 * ggn["eigenvalues"][0]  # a random net: two matrices
+
+
+def test_matrices_and_backends_on_offer_are_those_of_the_library():
+    from fastsharp.api.subject import OPERATORS
+    from fastsharp.curvature.backends import BACKENDS
+
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    offered = {a.dest: a.choices for a in commands.choices["lanczos"]._actions}
+    assert set(offered["operator"]) == set(OPERATORS) and set(offered["backend"]) == set(BACKENDS)
 
 
 @pytest.mark.parametrize(("bn", "dropout"), [("frozen-batch-stats", "fixed-masks"), ("eval", "eval")])

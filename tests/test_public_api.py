@@ -11,7 +11,7 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "bracket", "density", "frobenius", "info", "lanczos", "logdet", "spectrum", "trace", "trace_function"}
+CALLS = {"batch_loss", "bracket", "density", "explain", "frobenius", "info", "lanczos", "logdet", "spectrum", "trace", "trace_function"}
 CLASSES = {
     "Bracket",
     "CallableOperator",
@@ -20,6 +20,7 @@ CLASSES = {
     "Density",
     "Eigenpairs",
     "Estimate",
+    "Explanation",
     "GGN",
     "Hessian",
     "Spectrum",

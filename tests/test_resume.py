@@ -120,6 +120,14 @@ def test_a_run_that_did_not_converge_goes_on_with_a_larger_max_iter(path: Path) 
     assert any("max_iter was 5, is 60" in note for note in got.notes)
 
 
+def test_the_log_names_the_backend_that_auto_takes_with_and_without_a_preflight(path: Path) -> None:
+    model, batches = problem()
+    unrecordable = torch.jit.trace(model, batches[0][0])
+    want = fastsharp.lanczos(unrecordable, batches, k=1, resume=path, preflight="off")
+    assert want.settings["backend"] == "autograd"
+    assert same(fastsharp.lanczos(unrecordable, batches, k=1, resume=path), want)
+
+
 def test_long_values_and_functions_have_stable_names(path: Path) -> None:
     """In the log: nothing longer than a line, nothing that differs between two processes."""
     operator = CallableOperator(lambda v: v, 3)

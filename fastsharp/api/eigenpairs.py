@@ -69,7 +69,8 @@ def lanczos(
     bn         None refuses BatchNorm in train mode; "eval"; "frozen-batch-stats"
     dropout    None refuses active Dropout; "eval"; "fixed-masks"
     operator   "hessian", or "ggn": the Gauss-Newton matrix J' H_L J, see `fastsharp.GGN`
-    backend    "auto"; "autograd": torch's double backward; see `docs/concepts/products.md`
+    backend    "rop": a recorded tape linearised call by call; "autograd": torch's double backward; "mlp": a native kernel for plain
+               fully connected nets; "auto": "rop" where the model can be recorded, see `fastsharp.explain`
     precision  "auto": the parameters' dtype; "bf16", "tf32" (CUDA): cheap products for the Krylov run, exact ones for values and
                residuals, with as many residual steps as `tol` needs
     memory     bytes for the run: "auto" (half of what is free), "2GiB", a number. At most half for frozen data, at most half for the

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
 from fastsharp.curvature.network_output import check_separable, network_output
-from fastsharp.curvature.rop.linearise import Linearised
+from fastsharp.curvature.rop.linearise import Linearised, Row
 from fastsharp.curvature.rop.tape import Tape, Unrecorded, record
 from fastsharp.losses import Value
 from fastsharp.params import ParamLayout
@@ -62,6 +62,10 @@ class TapeProducts(BatchProducts):
         gradient = linearised.gradient or ()
         self.not_finite = tuple(i for i, g in enumerate(gradient) if g is not None and not bool(torch.isfinite(g).all()))
         linearised.gradient = None  # n numbers a batch would outweigh a small tape
+
+    def table(self) -> list[Row]:
+        """What served each call."""
+        return self._linearised.table()
 
     def add_products(self, V: torch.Tensor, out: torch.Tensor, scale: float) -> None:
         self._linearised.product(self._layout.rows(V), self._layout.rows(out), scale=scale / self._scale, gauss=self._gauss)

@@ -12,8 +12,9 @@ class Hessian(FiniteSum):
     """H = d^2 L / d theta^2 of the weighted mean (or sum) of a loss over frozen data, at the present weights.
 
     Arguments are those of `fastsharp.lanczos`. `H @ v`, `H @ M` (columns), `H.apply(V)` (rows), `.to_scipy()`.
-    Cost: a product is 6U a vector where a batch's graph is kept, 8U to 9U where memory does not allow it (U: one forward
-    pass's matrix products; a gradient is 3U); graphs are built in the first product and shared by all vectors of a block.
+    Cost: a product is 6U a vector for a batch that is kept (U: one forward pass's matrix products; a gradient is 3U). Batches are
+    linearised in the first product, 3U, and those that exceed the memory budget again in every later one, once for all vectors of a
+    block: b vectors cost 6U b + 3U there.
     At kinks (ReLU, max-pool) it is the Hessian almost everywhere, as autograd defines it.
     Raises StaleOperatorError when weights, buffers or data change afterwards; `.refresh()` takes the new weights.
     """

@@ -5,4 +5,6 @@ from fastsharp.results.density import Density as Density
 from fastsharp.results.density import spacing as spacing
 from fastsharp.results.eigenpairs import Eigenpairs as Eigenpairs
 from fastsharp.results.estimate import Estimate as Estimate
+from fastsharp.results.explanation import Calls as Calls
+from fastsharp.results.explanation import Explanation as Explanation
 from fastsharp.results.spectrum import Spectrum as Spectrum

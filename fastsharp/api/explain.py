@@ -1,0 +1,68 @@
+"""`explain`: which backend computes a model's products and why, op by op."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from fastsharp.batches import as_loader
+from fastsharp.curvature import Hessian
+from fastsharp.curvature.backends import MAKERS, candidates
+from fastsharp.curvature.batch_products import Request, Unavailable
+from fastsharp.curvature.engine import TapeProducts
+from fastsharp.curvature.rop.linearise import Row
+from fastsharp.params import Selector
+from fastsharp.results import Calls, Explanation
+
+
+def explain(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Any = None,
+    *,
+    params: Selector = None,
+    bn: str | None = None,
+    dropout: str | None = None,
+) -> Explanation:
+    """Which backend computes the products of this model's Hessian, why, and what serves each of its calls.
+
+        print(fastsharp.explain(model, batch, loss_fn))
+
+    batch      one batch; of a loader the first one
+    loss_fn, params, bn, dropout   as in `fastsharp.lanczos`
+
+    Returns Explanation: `.backend`, `.refusals` {backend: reason}, `.calls` (ATen name, count, "rule" or "island", modules).
+    Cost: one linearisation of the batch by each backend; no product is computed.
+    Raises subclasses of FastsharpError where products cannot be had at all.
+    """
+    first = next(iter(as_loader(batch)), None)
+    hessian = Hessian(model, [] if first is None else [first], loss_fn, params=params, bn=bn, dropout=dropout)
+    request = Request(hessian.objective, 0, hessian.objective.batches.first())
+    *auto, last = candidates("auto")
+    refusals: dict[str, str] = {}
+    calls: tuple[Calls, ...] = ()
+    with hessian.objective.quiet():
+        for name in (name for name in MAKERS if name != last):
+            try:
+                products = MAKERS[name](request).products
+            except Unavailable as reason:
+                refusals[name] = str(reason)
+                continue
+            if isinstance(products, TapeProducts):
+                calls = _by_op(products.table())
+        backend = next((name for name in auto if name not in refusals), last)
+        if backend == last:  # it takes every model that has products at all
+            MAKERS[last](request).products.check_twice_differentiable()
+    return Explanation(backend, refusals, calls)
+
+
+def _by_op(rows: list[Row]) -> tuple[Calls, ...]:
+    """One line for each operation and what serves it."""
+    count: Counter[tuple[str, str]] = Counter()
+    modules: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        count[row.op, row.by] += row.calls
+        modules.setdefault((row.op, row.by), {})[row.module] = None
+    return tuple(Calls(op, n, by, tuple(modules[op, by])) for (op, by), n in count.most_common())
