@@ -53,11 +53,13 @@ class MlpEnsemble(EnsembleOperator):
         for e, f in enumerate(found):
             if f.net != net or len(f.x) != samples:
                 raise Unavailable(f"member {e}: {f.net.widths} with {len(f.x)} samples, member 0 is {net.widths} with {samples}")
-        parts = ([f.theta for f in found], [f.x for f in found], [f.target for f in found], [f.weight for f in found])
+        shares = [self._share(e, f) for e, f in enumerate(found)]
+        weights = [f.weight if share == 1.0 else f.weight * share for f, share in zip(found, shares, strict=True)]
+        parts = ([f.theta for f in found], [f.x for f in found], [f.target for f in found], weights)
         self._prepared = mlp.prepare(net, *(torch.stack(part) for part in parts))
-        for e, (f, own) in enumerate(zip(found, self._prepared.primal.value.tolist(), strict=True)):
-            if not f.agrees(own):
-                raise Unavailable(f"member {e}: the recognised net has the loss {own:.6g}, the model {f.loss:.6g}")
+        for e, (f, value, share) in enumerate(zip(found, self._prepared.primal.value.tolist(), shares, strict=True)):
+            if not f.agrees(value / share):
+                raise Unavailable(f"member {e}: the recognised net has the loss {value / share:.6g}, the model {f.loss:.6g}")
 
     def check_unchanged(self) -> None:
         for operator in self._operators:
@@ -74,6 +76,13 @@ class MlpEnsemble(EnsembleOperator):
             except Unavailable as reason:
                 raise Unavailable(f"member {e}: {reason}") from reason
         return found
+
+    def _share(self, e: int, found: Recognised) -> float:
+        """The factor of a member's one batch in L = sum scale loss / sum count."""
+        count = 1.0 if self._operators[e].objective.reduction == "sum" else found.count
+        if not count or not 0.0 < found.scale / count < float("inf"):
+            raise Unavailable(f"member {e}: a batch of scale {found.scale:g} and count {count}")
+        return found.scale / count
 
     def _apply(self, V: Tensor, member: Tensor, out: Tensor) -> None:
         self._prepared.product(V, member=member, out=out, gauss=self._gauss)
