@@ -81,9 +81,17 @@ def loaders_of(loaders: Any, E: int) -> list[Any]:
     """
     if loaders is None:
         raise InputError("models need data: pass one loader for all of them, or a list with one for each.")
-    if not isinstance(loaders, (list, tuple)) or any(_is_batch(entry) for entry in (loaders, *loaders)):
-        once = list(loaders) if isinstance(loaders, Iterable) and not isinstance(loaders, (*_SINGLE, list, tuple)) else loaders
-        return [once] * E
+    if not isinstance(loaders, (list, tuple)):
+        one_pass = isinstance(loaders, Iterable) and not isinstance(loaders, _SINGLE)
+        return [list(loaders) if one_pass else loaders] * E
+    batches = [_is_batch(entry) for entry in loaders]
+    if _is_batch(loaders) or (batches and all(batches)):
+        return [loaders] * E
+    if any(batches):
+        raise InputError(
+            f"entry {batches.index(True)} of the loaders is a batch, entry {batches.index(False)} a loader.\n"
+            "Pass a list of batches for all models, or a list of loaders with one for each: [[batch], [batch], ...]."
+        )
     if len(loaders) != E:
         raise InputError(f"{len(loaders)} loaders for {E} models. Pass one loader for all of them, or a list with one for each.")
     return list(loaders)
@@ -91,7 +99,7 @@ def loaders_of(loaders: Any, E: int) -> list[Any]:
 
 def _is_batch(entry: Any) -> bool:
     if isinstance(entry, (list, tuple)):
-        return any(isinstance(item, (torch.Tensor, Mapping)) for item in entry) and not all(isinstance(i, (list, tuple)) for i in entry)
+        return any(isinstance(item, torch.Tensor) for item in entry)
     return isinstance(entry, (torch.Tensor, Mapping))
 
 
