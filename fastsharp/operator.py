@@ -175,7 +175,9 @@ class EnsembleOperator(ABC):
         if out is None:
             out = torch.empty_like(V, memory_format=torch.contiguous_format)
         elif out.shape != V.shape or out.dtype != V.dtype or not out.is_contiguous() or _overlap(V, out):
-            raise ShapeError(f"ensemble: out is {tuple(out.shape)} {out.dtype}, expected contiguous {tuple(V.shape)} {V.dtype} outside of V.")
+            raise ShapeError(
+                f"ensemble: out is {tuple(out.shape)} {out.dtype}, expected contiguous {tuple(V.shape)} {V.dtype} outside of V."
+            )
         if V.shape[0]:
             self._apply(V.contiguous(), member, out)
         return out

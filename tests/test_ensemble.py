@@ -108,23 +108,23 @@ def test_what_a_list_of_loaders_is() -> None:
 def test_errors_name_the_member() -> None:
     models, loaders = [net(e) for e in range(4)], [data(e) for e in range(4)]
     bad = [*loaders[:3], [(loaders[3][0][0], loaders[3][0][1] + 5)]]
-    with pytest.raises(LabelError, match="^member 3: label"):
+    with pytest.raises(LabelError, match=r"^member 3: label"):
         fastsharp.lanczos(models, bad)
-    with pytest.raises(BatchFormatError, match="^member 1: "):
+    with pytest.raises(BatchFormatError, match=r"^member 1: "):
         fastsharp.lanczos(models, [loaders[0], [(loaders[1][0][0],) * 3], *loaders[2:]])
     with pytest.raises(InputError, match=r"^member 2: 0.weight has shape \(5, 4\), in member 0 \(12, 4\)"):
         fastsharp.lanczos([*models[:2], nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))], loaders[:3])
-    with pytest.raises(ArgumentTypeError, match="^member 1: a Tensor"):
+    with pytest.raises(ArgumentTypeError, match=r"^member 1: a Tensor"):
         fastsharp.lanczos([models[0], torch.eye(3)], loaders[:2])
     with pytest.raises(InputError, match="list of models is empty"):
         fastsharp.lanczos([], loaders)
     with pytest.raises(InputError, match="resume= are for one model"):
         fastsharp.lanczos(models, loaders, resume="log")
-    with pytest.raises(ModelModeError, match="^member 1: Dropout"):
+    with pytest.raises(ModelModeError, match=r"^member 1: Dropout"):
         fastsharp.lanczos([net(0), net(0, middle=nn.Dropout)], loaders[:2])
     with torch.no_grad():
         models[2][0].weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="^member 2: "):
+    with pytest.raises(NonFiniteError, match=r"^member 2: "):
         fastsharp.lanczos(models, loaders)
     with pytest.raises(InputError, match="k is 0"):
         fastsharp.lanczos(models[:2], loaders[:2], k=0)
@@ -135,7 +135,7 @@ def test_not_converged() -> None:
     with pytest.warns(NotConvergedWarning) as caught:
         fastsharp.lanczos(models, loaders, k=2, max_iter=3)
     assert [str(w.message)[:9] for w in caught] == ["member 0:", "member 1:"] and all(w.filename == __file__ for w in caught)
-    with pytest.raises(NotConvergedError, match="^member 0: lanczos: "):
+    with pytest.raises(NotConvergedError, match=r"^member 0: lanczos: "):
         fastsharp.lanczos(models, loaders, k=2, max_iter=3, strict=True)
 
 
@@ -158,7 +158,9 @@ def test_what_the_preflight_did_is_said(level: str) -> None:
     if level == "off":
         assert "unchecked: preflight='off'" in second.notes
     elif level == "fast":
-        assert second.settings["preflight"]["engine"] < 1e-12 and second.settings["preflight"]["finite_difference"].startswith("run on member 0")
+        assert second.settings["preflight"]["engine"] < 1e-12 and second.settings["preflight"]["finite_difference"].startswith(
+            "run on member 0"
+        )
         assert first.settings["preflight"]["finite_difference"] < 1e-5
     else:
         assert second.settings["preflight"]["finite_difference"] < 1e-5

@@ -65,7 +65,7 @@ def ensemble_lanczos(
             for e, operator in enumerate(operators):
                 with of_member(e):
                     checked(operator, preflight=preflight, strict_data=strict_data, seed=solve["seed"])
-    budget = basis_memory(first, memory, len(operators) * whole_bytes(first.n, first.dtype, request))
+    budget: dict[str, Any] = basis_memory(first, memory, len(operators) * whole_bytes(first.n, first.dtype, request))
     shown = Progress(progress)
     with shown, torch.inference_mode(False), torch.no_grad():
         results = lanczos_ensemble(together, operators, check="off", on_step=shown.on_step, **budget, **solve)

@@ -86,7 +86,9 @@ def lanczos_ensemble(
     try:
         run.all()
     except KeyboardInterrupt as interrupt:
-        message = f"lanczos: interrupted after {run.n_matvec} products of {together.E} members; .partial holds the pairs so far, unverified."
+        message = (
+            f"lanczos: interrupted after {run.n_matvec} products of {together.E} members; .partial holds the pairs so far, unverified."
+        )
         raise Interrupted(message, run.so_far()) from interrupt
     together.check_unchanged()
     results = []
@@ -289,7 +291,9 @@ class _Run:
                 self.on_step(self.n_matvec, tuple(wanted.tolist()), float(request.max_iter * self.together.E))
         self._now = None
 
-    def _keep(self, group: _Group, members: list[int], place: int, run: int, theta: torch.Tensor, S: torch.Tensor, *, settled: bool) -> None:
+    def _keep(
+        self, group: _Group, members: list[int], place: int, run: int, theta: torch.Tensor, S: torch.Tensor, *, settled: bool
+    ) -> None:
         """Note the wanted pairs of a run that is over; its basis is not needed any more."""
         chosen = select(theta, self.request.which, self.request.k)
         e, block = members[run], group.blocks[run]

@@ -42,7 +42,7 @@ _RARE = 0.01  # of the typical size: where the start's component along a missing
 _MARGIN = 0.1  # the best unlisted value's bound, as part of its distance to the list
 
 
-Real = TypeVar("Real", float, torch.Tensor)
+Real = TypeVar("Real", float, torch.Tensor, "float | torch.Tensor")
 
 
 def floor(eps: float, norm: Real) -> Real:

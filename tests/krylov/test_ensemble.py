@@ -170,7 +170,7 @@ def test_max_iter_warns_for_the_member_and_strict_raises() -> None:
     numbers = re.compile(r"residual \S+ at")
     assert [numbers.sub("", str(w.message)) for w in caught] == [numbers.sub("", f"member 1: {single[0].message}")]
     assert bool(first.converged.all()) and not bool(second.converged.all()) and second.n_matvec == 16
-    with pytest.raises(NotConvergedError, match="^member 1: lanczos: 0 of 1") as error:
+    with pytest.raises(NotConvergedError, match=r"^member 1: lanczos: 0 of 1") as error:
         lanczos_ensemble(Stack(A), [alone(a) for a in A], strict=True, **options)
     assert error.value.partial.n_matvec == 16
 
@@ -197,12 +197,12 @@ def test_a_short_memory_runs_groups_and_single_runs() -> None:
 def test_errors_are_those_of_the_member() -> None:
     A = stack(spectrum(9.0, 0.5), spectrum(4.0, 0.9), spectrum(4.0, 0.9))
     A[2] += 0.1 * torch.triu(torch.ones(N, N, dtype=F64), 1)
-    with pytest.raises(NotSymmetricError, match="^member 2: lanczos: v_1'A v_"):
+    with pytest.raises(NotSymmetricError, match=r"^member 2: lanczos: v_1'A v_"):
         lanczos_ensemble(Stack(A), [alone(a) for a in A], check="off")
-    with pytest.raises(NotSymmetricError, match="^member 2: lanczos: .* for random u and v"):
+    with pytest.raises(NotSymmetricError, match=r"^member 2: lanczos: .* for random u and v"):
         lanczos_ensemble(Stack(A), [alone(a) for a in A])
     A[1, 3, 4] = math.nan
-    with pytest.raises(NonFiniteError, match="^member 1: lanczos: product 1 of the operator contains NaN"):
+    with pytest.raises(NonFiniteError, match=r"^member 1: lanczos: product 1 of the operator contains NaN"):
         lanczos_ensemble(Stack(A), [alone(a) for a in A], check="off")
     with pytest.raises(ShapeError, match="v0 has shape"):
         lanczos_ensemble(Stack(A), [alone(a) for a in A], v0=torch.ones(3, dtype=F64))
