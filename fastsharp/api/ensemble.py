@@ -57,9 +57,10 @@ def ensemble_lanczos(
         operators.append(operator)
     first = operators[0]
     request = check_arguments(first.n, **{name: value for name, value in solve.items() if name != "v0"})
-    with first_steps():
-        together, native = _together(operators, build["backend"])
-        if native and preflight == "fast":
+    with first_steps(), torch.inference_mode(False):
+        together = _together(operators, build["backend"])
+        native = isinstance(together, MlpEnsemble)
+        if isinstance(together, MlpEnsemble) and preflight == "fast":
             check_ensemble(together, operators, data, strict_data=strict_data, seed=solve["seed"])
         else:
             for e, operator in enumerate(operators):
@@ -121,11 +122,11 @@ def _models(models: Sequence[Any]) -> int:
     return len(models)
 
 
-def _together(operators: Sequence[FiniteSum], backend: str) -> tuple[EnsembleOperator, bool]:
-    """The operators as one, and whether that is the native kernel."""
+def _together(operators: Sequence[FiniteSum], backend: str) -> EnsembleOperator:
+    """The operators as one, by the native kernel where it applies."""
     if backend in _NATIVE:
         try:
-            return MlpEnsemble(operators), True
+            return MlpEnsemble(operators)
         except Unavailable:  # member by member the same products, and the same matrices
             pass
-    return GenericEnsemble(operators), False
+    return GenericEnsemble(operators)

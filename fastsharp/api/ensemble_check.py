@@ -1,8 +1,9 @@
 """The preflight of an ensemble on the native kernel: what can differ between members is asked of each, the rest of the first.
 
-All members compute one function of weights and data, a plain net that was recognised call by call in each of them; whether autograd's
-second derivative of that function is the derivative of its gradient is settled by the first. Each member then has its products
-repeated, tested for symmetry and for NaN, and compared with autograd's. The gates are those of `fastsharp.preflight`.
+All members compute one function of weights and data, a plain net that was recognised call by call in each of them, with the loss of each
+model; whether autograd's second derivative of that function is the derivative of its gradient is settled by the first. Each member
+then has its products repeated, tested for symmetry and for NaN, and compared with autograd's of the recognised net. The gates are those
+of `fastsharp.preflight`.
 """
 
 from __future__ import annotations
@@ -14,21 +15,19 @@ import torch
 
 from fastsharp.api.subject import checked
 from fastsharp.curvature import FiniteSum
-from fastsharp.curvature.autograd import graph_products
-from fastsharp.curvature.batch_products import Request
+from fastsharp.curvature.ensemble import MlpEnsemble
 from fastsharp.engine_check import OWN_GATE
 from fastsharp.errors import EngineError, NondeterministicOperatorError, NonFiniteError, NotSymmetricError
 from fastsharp.krylov.ensemble import of_member
-from fastsharp.operator import EnsembleOperator
 from fastsharp.preflight import SYMMETRY_GATE, check_data
 
 _PROBES = 3
 
 
 def check_ensemble(
-    together: EnsembleOperator, operators: Sequence[FiniteSum], loaders: Sequence[Any], *, strict_data: bool = False, seed: int = 0
+    together: MlpEnsemble, operators: Sequence[FiniteSum], loaders: Sequence[Any], *, strict_data: bool = False, seed: int = 0
 ) -> None:
-    """The checks of level "fast": the whole preflight for member 0; for the others 4 block products and one product by autograd each.
+    """The checks of level "fast": the whole preflight for member 0; 4 block products and one of autograd's for all.
 
     The outcome is in `preflight` of each operator. Raises what `fastsharp.preflight` raises, with the member named.
     """
@@ -39,7 +38,7 @@ def check_ensemble(
     V = torch.randn(_PROBES, n, generator=generator, dtype=torch.float64).to(together.dtype).to(together.device)
     HV = torch.stack([together.apply(v.expand(E, n)) for v in V], 1)
     again = together.apply(V[0].expand(E, n))
-    exact = torch.stack([_by_autograd(operator, V[:1]) for operator in operators])
+    exact = together.by_autograd(V[0])
     scale = exact.double().norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     engine = ((HV[:, 0].double() - exact.double()).norm(dim=1) / scale).tolist()
     finite = torch.isfinite(HV).all(2).all(1).tolist()
@@ -80,13 +79,3 @@ def check_ensemble(
     if max(symmetry) > 0.1:
         e = symmetry.index(max(symmetry))
         raise NotSymmetricError(f"member {e}: |u'Hv - v'Hu| is {symmetry[e]:.2e} of ||u|| ||Hv||: the product is not symmetric.")
-
-
-def _by_autograd(operator: FiniteSum, V: torch.Tensor) -> torch.Tensor:
-    """A v for the one batch of a member, (n,)."""
-    objective = operator.objective
-    out = torch.zeros_like(V)
-    with objective.quiet():
-        made = graph_products(Request(objective, 0, objective.batches.first(), operator.kind == "ggn"))
-        made.products.add_products(V, out, made.scale)
-    return out[0] / (1.0 if objective.reduction == "sum" or made.count is None else made.count)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.func import grad, jvp, vjp
 
 from fastsharp.curvature.batch_products import Unavailable
 from fastsharp.curvature.finite_sum import FiniteSum
@@ -14,6 +17,14 @@ from fastsharp.curvature.mlp import Recognised, recognised
 from fastsharp.errors import InputError
 from fastsharp.operator import EnsembleOperator
 from fastsharp.ops import mlp
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "identity": lambda z: z,
+}
 
 
 @final
@@ -57,6 +68,7 @@ class MlpEnsemble(EnsembleOperator):
         weights = [f.weight if share == 1.0 else f.weight * share for f, share in zip(found, shares, strict=True)]
         parts = ([f.theta for f in found], [f.x for f in found], [f.target for f in found], weights)
         self._prepared = mlp.prepare(net, *(torch.stack(part) for part in parts))
+        self._target = torch.stack(parts[2])
         for e, (f, value, share) in enumerate(zip(found, self._prepared.primal.value.tolist(), shares, strict=True)):
             if not f.agrees(value / share):
                 raise Unavailable(f"member {e}: the recognised net has the loss {value / share:.6g}, the model {f.loss:.6g}")
@@ -64,6 +76,32 @@ class MlpEnsemble(EnsembleOperator):
     def check_unchanged(self) -> None:
         for operator in self._operators:
             operator.check_unchanged()
+
+    def by_autograd(self, v: Tensor) -> Tensor:
+        """Every member's matrix times v (n,) by torch's own derivatives of the recognised nets, (E, n): what the kernel is compared with."""
+        primal = self._prepared.primal
+        net, x = primal.net, primal.a[0]
+
+        def outputs(theta: Tensor) -> Tensor:
+            a = x
+            for l in range(1, net.layers + 1):  # noqa: E741
+                W, bias = net.weight(theta, l).mT, net.bias(theta, l)
+                z = a @ W if bias is None else torch.baddbmm(bias[:, None], a, W)
+                a = _ACTIVATIONS[net.activation](z)
+            return z
+
+        def loss(z: Tensor) -> Tensor:  # of all members together: none depends on the weights of another
+            if net.loss == "squared":
+                return (primal.w * (z - self._target).square().sum(-1) / 2).sum()
+            each = F.cross_entropy(z.flatten(0, 1), self._target.flatten(), reduction="none")
+            return (primal.w.flatten() * each).sum()
+
+        V = v.expand(self.E, self.n)
+        if not self._gauss:
+            return jvp(grad(lambda theta: loss(outputs(theta))), (primal.theta,), (V,))[1]  # type: ignore[no-any-return]
+        z, back = vjp(outputs, primal.theta)
+        tangent = jvp(outputs, (primal.theta,), (V,))[1]
+        return back(jvp(grad(loss), (z,), (tangent,))[1])[0]  # type: ignore[no-any-return]
 
     def _one(self, e: int) -> Recognised:
         objective = self._operators[e].objective
