@@ -154,8 +154,10 @@ class EnsembleOperator(ABC):
         """Raise StaleOperatorError if a matrix is no longer the one of construction."""
 
     @final
-    def apply(self, V: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, V: torch.Tensor, member: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Row r of the result is the matrix number member[r] times V[r]; V (r, n), member (r,) int64 on the host, None: V is (E, n).
+
+        out (r, n) is contiguous and apart from V; it is written and returned.
 
         Rows of members that are finished are left out, and cost nothing.
         """
@@ -170,7 +172,12 @@ class EnsembleOperator(ABC):
             )
         if V.shape[0] and (int(member.min()) < 0 or int(member.max()) >= self.E):
             raise InputError(f"ensemble: member holds {int(member.min())} to {int(member.max())}, expected 0 to {self.E - 1}.")
-        out = torch.empty_like(V, memory_format=torch.contiguous_format)
+        if out is None:
+            out = torch.empty_like(V, memory_format=torch.contiguous_format)
+        elif out.shape != V.shape or out.dtype != V.dtype or not out.is_contiguous() or _overlap(V, out):
+            raise ShapeError(
+                f"ensemble: out is {tuple(out.shape)} {out.dtype}, expected contiguous {tuple(V.shape)} {V.dtype} outside of V."
+            )
         if V.shape[0]:
             self._apply(V.contiguous(), member, out)
         return out

@@ -63,7 +63,7 @@ def preflight(operator: FiniteSum, level: str = "fast", *, strict_data: bool = F
     outcome: dict[str, Any] = {"level": level}
     if level != "off":
         objective = operator.objective
-        outcome["data"] = _check_data(operator, level, strict_data)
+        outcome["data"] = check_data(operator, level, strict_data)
         with objective.quiet():
             for index, batch in _chosen_batches(operator, level):
                 generator = torch.Generator().manual_seed(seed + 7919 * index)
@@ -96,7 +96,8 @@ def _notes(outcome: dict[str, Any]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _check_data(operator: FiniteSum, level: str, strict: bool) -> str:
+def check_data(operator: FiniteSum, level: str, strict: bool) -> str:
+    """Draw the loader again; "other samples" is a warning, or with `strict` NondeterministicOperatorError."""
     batches = operator.objective.batches
     found = batches.recheck() if level == "full" else batches.redraw()
     if found == "other samples":

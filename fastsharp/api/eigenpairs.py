@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch import nn
 
+from fastsharp.api.ensemble import ensemble_lanczos, is_ensemble
 from fastsharp.api.resume import recorded
 from fastsharp.api.subject import basis_memory, checked, operator_of
 from fastsharp.errors import InputError
@@ -20,6 +22,68 @@ from fastsharp.results import Eigenpairs
 
 PRECISIONS = ("auto", "bf16", "tf32")
 _HOW_LONG = ("tol", "criterion", "max_iter", "verify")  # the same vectors in the same order, more or fewer of them
+
+
+@overload
+def lanczos(
+    model: list[nn.Module] | tuple[nn.Module, ...],
+    loader: Any,
+    loss_fn: Any = None,
+    *,
+    k: int = 5,
+    which: str = "LA",
+    tol: float = 1e-3,
+    criterion: str = "residual",
+    max_iter: int | None = None,
+    params: Selector = None,
+    reduction: str = "auto",
+    bn: str | None = None,
+    dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
+    precision: str = "auto",
+    memory: str | int = "auto",
+    method: str = "auto",
+    verify: bool = True,
+    v0: torch.Tensor | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    strict: bool = False,
+    strict_data: bool = False,
+    preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
+) -> list[Eigenpairs]: ...
+
+
+@overload
+def lanczos(
+    model: Any,
+    loader: Any = None,
+    loss_fn: Any = None,
+    *,
+    k: int = 5,
+    which: str = "LA",
+    tol: float = 1e-3,
+    criterion: str = "residual",
+    max_iter: int | None = None,
+    params: Selector = None,
+    reduction: str = "auto",
+    bn: str | None = None,
+    dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
+    precision: str = "auto",
+    memory: str | int = "auto",
+    method: str = "auto",
+    verify: bool = True,
+    v0: torch.Tensor | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    strict: bool = False,
+    strict_data: bool = False,
+    preflight: str = "fast",
+    resume: str | os.PathLike[str] | None = None,
+) -> Eigenpairs: ...
 
 
 def lanczos(
@@ -49,16 +113,18 @@ def lanczos(
     strict_data: bool = False,
     preflight: str = "fast",
     resume: str | os.PathLike[str] | None = None,
-) -> Eigenpairs:
+) -> Eigenpairs | list[Eigenpairs]:
     """H x_i = lambda_i x_i: k eigenpairs of a loss Hessian, each with its true residual ||H x_i - lambda_i x_i||.
 
         result = fastsharp.lanczos(model, loader)
         values, vectors = result
 
     model      an nn.Module, evaluated as it stands and left as it was; or, without a loader, a SymmetricOperator, a square
-               tensor, a scipy LinearOperator or `(callable, n)`
+               tensor, a scipy LinearOperator or `(callable, n)`. A list of models of one architecture gives a list of results,
+               by products of all of them together
     loader     a DataLoader, a Dataset, a list of batches or one batch; batches are `(x, y)` or dicts. The data are read once
-               and frozen; beyond the memory budget they are read anew in every product and compared by hash
+               and frozen; beyond the memory budget they are read anew in every product and compared by hash. For a list of models
+               one for all, or a list of loaders with one for each (a list of batches is one loader)
     loss_fn    `loss_fn(output, target)`, `fastsharp.batch_loss(fn)`, or None: the output's own `.loss`, else cross-entropy
     k, which   how many and which: "LA" largest (sharpness), "SA" smallest, "LM" largest modulus, "BE" both ends
     tol        criterion "residual": ||Hx - lambda x|| <= tol |lambda|; "value": |error of lambda| <= tol |lambda| by the bound
@@ -100,20 +166,15 @@ def lanczos(
         )
     if precision != "auto" and resume is not None:
         raise InputError(f"resume= logs the products of one operator, precision={precision!r} multiplies by two. Drop one of the two.")
-    matrix = operator_of(
-        model,
-        loader,
-        loss_fn,
-        params=params,
-        reduction=reduction,
-        bn=bn,
-        dropout=dropout,
-        operator=operator,
-        backend=backend,
-        memory=memory,
-        seed=seed,
-        preflight=preflight,
-    )
+    build: dict[str, Any] = {
+        "params": params,
+        "reduction": reduction,
+        "bn": bn,
+        "dropout": dropout,
+        "operator": operator,
+        "backend": backend,
+        "seed": seed,
+    }
     arguments: dict[str, Any] = {
         "k": k,
         "which": which,
@@ -124,6 +185,13 @@ def lanczos(
         "seed": seed,
         "strict": strict,
     }
+    if is_ensemble(model):
+        if precision != "auto" or resume is not None:
+            raise InputError("precision= and resume= are for one model, the first argument is a list of them. Leave them out.")
+        solve = {**arguments, "verify": verify, "v0": v0}
+        watched: dict[str, Any] = {"progress": progress, "strict_data": strict_data, "preflight": preflight}
+        return ensemble_lanczos(model, loader, loss_fn, build=build, solve=solve, memory=memory, **watched)
+    matrix = operator_of(model, loader, loss_fn, memory=memory, preflight=preflight, **build)
     request = check_arguments(matrix.n, **arguments)  # before the preflight spends products
     budget: dict[str, Any] = basis_memory(matrix, memory, whole_bytes(matrix.n, matrix.dtype, request))
     check = checked(matrix, preflight=preflight, strict_data=strict_data, seed=seed)

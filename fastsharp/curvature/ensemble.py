@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.func import grad, jvp, vjp
 
 from fastsharp.curvature.batch_products import Unavailable
 from fastsharp.curvature.finite_sum import FiniteSum
@@ -14,6 +17,14 @@ from fastsharp.curvature.mlp import Recognised, recognised
 from fastsharp.errors import InputError
 from fastsharp.operator import EnsembleOperator
 from fastsharp.ops import mlp
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "identity": lambda z: z,
+}
 
 
 @final
@@ -53,15 +64,44 @@ class MlpEnsemble(EnsembleOperator):
         for e, f in enumerate(found):
             if f.net != net or len(f.x) != samples:
                 raise Unavailable(f"member {e}: {f.net.widths} with {len(f.x)} samples, member 0 is {net.widths} with {samples}")
-        parts = ([f.theta for f in found], [f.x for f in found], [f.target for f in found], [f.weight for f in found])
+        shares = [self._share(e, f) for e, f in enumerate(found)]
+        weights = [f.weight if share == 1.0 else f.weight * share for f, share in zip(found, shares, strict=True)]
+        parts = ([f.theta for f in found], [f.x for f in found], [f.target for f in found], weights)
         self._prepared = mlp.prepare(net, *(torch.stack(part) for part in parts))
-        for e, (f, own) in enumerate(zip(found, self._prepared.primal.value.tolist(), strict=True)):
-            if not f.agrees(own):
-                raise Unavailable(f"member {e}: the recognised net has the loss {own:.6g}, the model {f.loss:.6g}")
+        self._target = torch.stack(parts[2])
+        for e, (f, value, share) in enumerate(zip(found, self._prepared.primal.value.tolist(), shares, strict=True)):
+            if not f.agrees(value / share):
+                raise Unavailable(f"member {e}: the recognised net has the loss {value / share:.6g}, the model {f.loss:.6g}")
 
     def check_unchanged(self) -> None:
         for operator in self._operators:
             operator.check_unchanged()
+
+    def by_autograd(self, v: Tensor) -> Tensor:
+        """Every member's matrix times v (n,) by torch's own derivatives of the recognised nets, (E, n): what the kernel is compared with."""
+        primal = self._prepared.primal
+        net, x = primal.net, primal.a[0]
+
+        def outputs(theta: Tensor) -> Tensor:
+            a = x
+            for l in range(1, net.layers + 1):  # noqa: E741
+                W, bias = net.weight(theta, l).mT, net.bias(theta, l)
+                z = a @ W if bias is None else torch.baddbmm(bias[:, None], a, W)
+                a = _ACTIVATIONS[net.activation](z)
+            return z
+
+        def loss(z: Tensor) -> Tensor:  # of all members together: none depends on the weights of another
+            if net.loss == "squared":
+                return (primal.w * (z - self._target).square().sum(-1) / 2).sum()
+            each = F.cross_entropy(z.flatten(0, 1), self._target.flatten(), reduction="none")
+            return (primal.w.flatten() * each).sum()
+
+        V = v.expand(self.E, self.n)
+        if not self._gauss:
+            return jvp(grad(lambda theta: loss(outputs(theta))), (primal.theta,), (V,))[1]  # type: ignore[no-any-return]
+        z, back = vjp(outputs, primal.theta)
+        tangent = jvp(outputs, (primal.theta,), (V,))[1]
+        return back(jvp(grad(loss), (z,), (tangent,))[1])[0]  # type: ignore[no-any-return]
 
     def _one(self, e: int) -> Recognised:
         objective = self._operators[e].objective
@@ -74,6 +114,13 @@ class MlpEnsemble(EnsembleOperator):
             except Unavailable as reason:
                 raise Unavailable(f"member {e}: {reason}") from reason
         return found
+
+    def _share(self, e: int, found: Recognised) -> float:
+        """The factor of a member's one batch in L = sum scale loss / sum count."""
+        count = 1.0 if self._operators[e].objective.reduction == "sum" else found.count
+        if not count or not 0.0 < found.scale / count < float("inf"):
+            raise Unavailable(f"member {e}: a batch of scale {found.scale:g} and count {count}")
+        return found.scale / count
 
     def _apply(self, V: Tensor, member: Tensor, out: Tensor) -> None:
         self._prepared.product(V, member=member, out=out, gauss=self._gauss)

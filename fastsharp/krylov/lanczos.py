@@ -25,7 +25,7 @@ from fastsharp.results import Eigenpairs
 
 OnStep = Callable[[int, tuple[float, ...], float], None]
 
-_MIX = 0.1  # random part of a given start vector, see `lanczos`
+MIX = 0.1  # random part of a given start vector, see `lanczos`
 
 
 def lanczos(
@@ -46,6 +46,7 @@ def lanczos(
     host_memory: int | None = None,
     on_step: OnStep | None = None,
     on_plan: Callable[[Plan], None] | None = None,
+    report: Callable[[Eigenpairs, bool], None] | None = None,
 ) -> Eigenpairs:
     """k eigenpairs A x_i = lambda_i x_i at the end of the spectrum that `which` names, from A V' = V' T + r e_m'.
 
@@ -62,6 +63,7 @@ def lanczos(
     on_plan    called with the Plan before the first product
     on_step    called after every product as on_step(step, values, expected): products so far, the wanted Ritz values (at most k,
                in result order), and the products expected in all (max_iter while there is no trend). What it raises ends the run
+    report     called as report(result, settled) in place of the warning or error for pairs that did not converge
     ->         Eigenpairs; cost: n_matvec + n_verify + settings["probe_products"] matvecs, (n_matvec + 1 + 2 k) n elements of memory, or
                what `memory` allows
 
@@ -102,7 +104,10 @@ def lanczos(
             on_plan(plan)
         result, settled = _iterate(operator, request, plan, v0, PROBE_PRODUCTS if probed else 0, on_step)
     operator.check_unchanged()
-    report_failure(result, request, settled)
+    if report is None:
+        report_failure(result, request, settled)
+    else:
+        report(result, settled)
     return result
 
 
@@ -160,24 +165,27 @@ def begin(operator: SymmetricOperator, request: Request, plan: Plan, v0: torch.T
         return rng.normal(operator.n, g, operator.dtype, operator.device)
 
     basis = plan.basis(operator.n, operator.dtype, operator.device)
-    start = draw() if v0 is None else _mix(v0, draw())
+    start = draw() if v0 is None else mixed(v0, draw())
     state = Tridiagonal(operator, start, draw, basis, lambda theta: select(theta, request.which, plan.kept))
-    return state, 1.0 if v0 is None else _MIX
+    return state, 1.0 if v0 is None else MIX
 
 
-def _mix(v0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def mixed(v0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """v0 / ||v0|| + 0.1 z / ||z||."""
-    return normalised(v0) + _MIX * normalised(z)
+    return normalised(v0) + MIX * normalised(z)
 
 
-def report_failure(result: Eigenpairs, request: Request, settled: bool) -> None:
-    """Warn or raise if a pair missed its tolerance, or if the run ended before the list of wanted values settled."""
+def report_failure(result: Eigenpairs, request: Request, settled: bool, whose: str = "") -> None:
+    """Warn or raise if a pair missed its tolerance, or if the run ended before the list of wanted values settled.
+
+    whose   what the message begins with, where there are several runs
+    """
     good = int(result.converged.sum())
     if settled and good == request.k:
         return
     worst = int((result.residuals / result.eigenvalues.abs().clamp(min=torch.finfo(torch.float64).tiny)).argmax())
     message = (
-        f"lanczos: {good} of {request.k} pairs converged to tol = {request.tol:g} ({request.criterion}) in {result.n_matvec} products; "
+        f"{whose}lanczos: {good} of {request.k} pairs converged to tol = {request.tol:g} ({request.criterion}) in {result.n_matvec} products; "
         f"worst residual {float(result.residuals[worst]):.2g} at eigenvalue {float(result.eigenvalues[worst]):.6g}.\n"
     )
     if good == request.k:

@@ -116,7 +116,9 @@ class Recurrences:
 
     @staticmethod
     def of(state: Batch) -> Recurrences:
-        return Recurrences(state.operator, state.blocks, state.n, state.eps, state.norms, state.shift, state.n_matvec, state.second_passes)
+        return Recurrences(
+            state.operator, state.blocks, state.n, state.eps, state.norms, state.shift, state.n_matvec, sum(state.second_passes)
+        )
 
 
 def assemble(state: Recurrences, squares: list[float], request: dict[str, object], extra: int) -> Density:

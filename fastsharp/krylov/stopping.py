@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -41,7 +42,10 @@ _RARE = 0.01  # of the typical size: where the start's component along a missing
 _MARGIN = 0.1  # the best unlisted value's bound, as part of its distance to the list
 
 
-def floor(eps: float, norm: float) -> float:
+Real = TypeVar("Real", float, torch.Tensor, "float | torch.Tensor")
+
+
+def floor(eps: float, norm: Real) -> Real:
     """32 eps ||H||: below it a residual is rounding."""
     return _FLOOR * eps * norm
 
@@ -64,16 +68,16 @@ def ends(values: torch.Tensor, which: str, k: int) -> list[tuple[torch.Tensor, i
 
 
 def select(values: torch.Tensor, which: str, k: int) -> torch.Tensor:
-    """Positions of the min(k, j) wanted among j values, in the order of a result: descending, for LM by modulus.
+    """Positions of the min(k, j) wanted among j values (..., j), in the order of a result: descending, for LM by modulus.
 
     Ties go to the earlier position.
     """
-    free = torch.ones(values.numel(), dtype=torch.bool)
+    free = torch.ones_like(values, dtype=torch.bool)
     for key, count in ends(values, which, k):
         order = torch.argsort(torch.where(free, key, -math.inf), descending=True, stable=True)
-        free[order[: min(count, int(free.sum()))]] = False
-    chosen = (~free).nonzero()[:, 0]
-    return chosen[result_order(values[chosen], which)]
+        free.scatter_(-1, order[..., :count], False)
+    chosen = free.to(torch.int8).argsort(stable=True)[..., : min(k, values.shape[-1])]
+    return chosen.gather(-1, result_order(values.gather(-1, chosen), which))
 
 
 def result_order(values: torch.Tensor, which: str) -> torch.Tensor:
@@ -82,14 +86,35 @@ def result_order(values: torch.Tensor, which: str) -> torch.Tensor:
 
 
 def value_bounds(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
-    """min(r, r^2/gap) for each value, gap = distance to the nearest other of `values`; r where there is no other. All (j,)."""
-    if values.numel() < 2:
+    """min(r, r^2/gap) for each value, gap = distance to the nearest other of `values`; r where there is no other. All (..., j)."""
+    if values.shape[-1] < 2:
         return residuals.clone()
     order = torch.argsort(values)
-    step = values[order].diff()
-    gap = torch.empty_like(values)
-    gap[order] = torch.minimum(torch.cat([step, step[-1:]]), torch.cat([step[:1], step]))
+    step = values.gather(-1, order).diff()
+    nearest = torch.minimum(torch.cat([step, step[..., -1:]], -1), torch.cat([step[..., :1], step], -1))
+    gap = torch.empty_like(values).scatter_(-1, order, nearest)
     return torch.where(gap > residuals, residuals * (residuals / gap), residuals)
+
+
+def wanted_keys(values: torch.Tensor, which: str, k: int) -> torch.Tensor:
+    """The wanted ones of the values (..., j) as keys of their end, best first: what is compared from step to step."""
+    return torch.cat([key.sort(descending=True).values[..., :count] for key, count in ends(values, which, k)], -1)
+
+
+def unmoved(keys: torch.Tensor, before: torch.Tensor, smallest: float | torch.Tensor) -> torch.Tensor:
+    """Whether a list (..., k) is that of the step before, to 1 %."""
+    return ((keys - before).abs() <= at_least(_MOVED * keys.abs(), smallest)).all(-1)
+
+
+def log_distances(listed: torch.Tensor, values: torch.Tensor, smallest: float | torch.Tensor) -> torch.Tensor:
+    """log prod_j |lambda - theta_j| for lambda at 1 % from each listed value (..., k) and theta (..., j): (..., k)."""
+    nearest = at_least(_MOVED * listed.abs(), smallest)
+    return (listed[..., :, None] - values[..., None, :]).abs().maximum(nearest[..., None]).log().sum(-1)
+
+
+def at_least(x: torch.Tensor, lowest: float | torch.Tensor) -> torch.Tensor:
+    """max(x, lowest), entry by entry."""
+    return torch.maximum(x, torch.as_tensor(lowest, dtype=x.dtype))
 
 
 @dataclass(frozen=True)
@@ -100,10 +125,20 @@ class Targets:
     criterion: str
     eps: float
 
-    def met(self, values: torch.Tensor, residuals: torch.Tensor, bounds: torch.Tensor, norm: float) -> torch.Tensor:
+    def met(self, values: torch.Tensor, residuals: torch.Tensor, bounds: torch.Tensor, norm: float | torch.Tensor) -> torch.Tensor:
         """One bool per pair."""
         error = residuals if self.criterion == "residual" else bounds
-        return error <= (self.tol * values.abs()).clamp(min=floor(self.eps, norm))
+        return error <= at_least(self.tol * values.abs(), floor(self.eps, norm))
+
+    @property
+    def guard(self) -> float:
+        """Relative value bound that the list must reach."""
+        return min(self.tol, _VALUE_GUARD)
+
+    def accurate(self, values: torch.Tensor, residuals: torch.Tensor, bounds: torch.Tensor, norm: float | torch.Tensor) -> torch.Tensor:
+        """Whether a list (..., k) meets conditions (1) and (2) of `StopRule`: (...) bool."""
+        settled = bounds <= at_least(self.guard * values.abs(), floor(self.eps, norm))
+        return (self.met(values, residuals, bounds, norm) & settled).all(-1)
 
     def by_floor(self, values: torch.Tensor, residuals: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         """Where a pair that met its target did so by the floor alone."""
@@ -144,16 +179,12 @@ class StopRule:
             return False
         bounds = value_bounds(theta, residuals)
         smallest = floor(self.targets.eps, norm)
-        guard = min(self.targets.tol, _VALUE_GUARD)
+        guard = self.targets.guard
         self._note_movement(theta, blocks, smallest)
         self._note_trend(theta[chosen], residuals[chosen], bounds[chosen], guard, smallest)
         if theta.numel() == self.n:
             return True
-        accurate = bool(
-            self.targets.met(theta[chosen], residuals[chosen], bounds[chosen], norm).all()
-            and (bounds[chosen] <= (guard * theta[chosen].abs()).clamp(min=smallest)).all()
-        )
-        if not accurate:
+        if not bool(self.targets.accurate(theta[chosen], residuals[chosen], bounds[chosen], norm)):
             return False
         if blocks[-1].closed:
             return len(blocks) > 1 and self._complement_is_no_better(theta, blocks[-1].start, norm)
@@ -169,8 +200,8 @@ class StopRule:
 
     def _note_movement(self, theta: torch.Tensor, blocks: list[Block], smallest: float) -> None:
         """Compares keys, not positions: with LM, +theta and -theta may change places at every step."""
-        keys = torch.cat([key.sort(descending=True).values[:count] for key, count in ends(theta, self.which, self.k)])
-        same = self._keys is not None and bool(((keys - self._keys).abs() <= (_MOVED * keys.abs()).clamp(min=smallest)).all())
+        keys = wanted_keys(theta, self.which, self.k)
+        same = self._keys is not None and bool(unmoved(keys, self._keys, smallest))
         self._unmoved = self._unmoved + 1 if same and len(blocks) == self._blocks else 0
         self._keys, self._blocks = keys, len(blocks)
 
@@ -182,14 +213,9 @@ class StopRule:
 
     def _missing_is_unlikely(self, listed: torch.Tensor, block: Block, smallest: float) -> bool:
         """sqrt(n) prod beta_j / prod |lambda - theta_j| <= 0.01 at 1 % from each listed value; in logs, as the products overflow."""
-        nearest = (_MOVED * listed.abs()).clamp(min=smallest)[:, None]
-
-        def log_distances(values: torch.Tensor) -> torch.Tensor:
-            return (listed[:, None] - values).abs().maximum(nearest).log().sum(1)
-
         component = torch.zeros(listed.numel(), dtype=torch.float64)
         for epoch in (*block.past, block.epoch()):  # restarts divide the product among them
-            component += epoch.log_beta - log_distances(epoch.theta) + log_distances(epoch.head)
+            component += epoch.log_beta - log_distances(listed, epoch.theta, smallest) + log_distances(listed, epoch.head, smallest)
         typical = (self._randomness if block.complement_of == 0 else 1.0) / math.sqrt(self.n - block.complement_of)
         return float(component.max()) <= math.log(_RARE * typical)
 
@@ -215,3 +241,35 @@ class StopRule:
                 if float(bounds[best]) > max(_MARGIN * distance, guard * abs(float(theta[best])), smallest):
                     return False
         return True
+
+
+class StopRules:
+    """`StopRule` for p runs at once, each in its first Krylov space and never restarted: the same decisions, for all of them together.
+
+    Called after every step with the runs that took part in it; a run left out once is not asked again.
+    """
+
+    def __init__(self, p: int, k: int, which: str, targets: Targets, n: int, randomness: float = 1.0) -> None:
+        self.k, self.which, self.targets = k, which, targets
+        self._rare = math.log(_RARE * randomness / math.sqrt(n))
+        self._keys = torch.full((p, k), math.nan, dtype=torch.float64)
+        self._unmoved = torch.zeros(p, dtype=torch.int64)
+
+    def __call__(
+        self, runs: torch.Tensor, theta: torch.Tensor, residuals: torch.Tensor, log_beta: torch.Tensor, norms: torch.Tensor
+    ) -> torch.Tensor:
+        """Which of the runs (a,) may stop, (a,) bool; Ritz values and residuals (a, m), sum_j log beta_j and ||T|| (a,), on the host."""
+        if theta.shape[1] < self.k:
+            return torch.zeros(len(runs), dtype=torch.bool)
+        norm = norms[:, None]
+        smallest = floor(self.targets.eps, norm)
+        keys = wanted_keys(theta, self.which, self.k)
+        self._unmoved[runs] = torch.where(unmoved(keys, self._keys[runs], smallest), self._unmoved[runs] + 1, 0)
+        self._keys[runs] = keys
+        chosen = select(theta, self.which, self.k)
+        listed, bounds = theta.gather(1, chosen), value_bounds(theta, residuals).gather(1, chosen)
+        stop = self.targets.accurate(listed, residuals.gather(1, chosen), bounds, norm) & (self._unmoved[runs] >= _UNMOVED_STEPS)
+        if bool(stop.any()):
+            component = log_beta[stop, None] - log_distances(listed[stop], theta[stop], smallest[stop])
+            stop[stop.clone()] = component.amax(1) <= self._rare
+        return stop

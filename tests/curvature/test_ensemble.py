@@ -39,6 +39,15 @@ def test_rows_are_the_members_own_products(loss: Any, ensemble: Any, kind: Any) 
     torch.testing.assert_close(A.apply(V[:3], some), expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+@pytest.mark.parametrize("loss", [None, F.mse_loss, nn.MSELoss(reduction="sum")], ids=["ce", "mse", "mse, sum"])
+def test_what_the_kernel_is_compared_with_is_autograds(loss: Any, kind: Any) -> None:
+    operators = members(kind, loss=loss)
+    v = torch.randn(92, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    expected = torch.cat([o.apply(v[None]) for o in operators])
+    torch.testing.assert_close(MlpEnsemble(operators).by_autograd(v), expected, rtol=1e-11, atol=1e-13)
+
+
 def test_what_does_not_fit_names_the_member() -> None:
     with pytest.raises(InputError, match="no members"):
         GenericEnsemble([])
