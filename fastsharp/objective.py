@@ -151,9 +151,10 @@ class Objective:
 
     def record_weights(self) -> None:
         """Take the present weights and buffers as the point at which derivatives are taken."""
-        self.selection = again(self.model, self.selection)  # a parameter may have been replaced by another object
-        self.modes.check()
-        self.modes.clear()
+        if self.records:
+            self.selection = again(self.model, self.selection)  # a parameter may have been replaced by another object
+            self.modes.check()
+            self.modes.clear()
         self.records += 1
         self._marks = self._present_marks()
         self._sums = self._present_sums()

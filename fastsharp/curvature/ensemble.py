@@ -9,7 +9,7 @@ from typing import final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.autograd import grad
 
 from fastsharp.curvature.batch_products import Unavailable
 from fastsharp.curvature.finite_sum import FiniteSum
@@ -97,11 +97,18 @@ class MlpEnsemble(EnsembleOperator):
             return (primal.w.flatten() * each).sum()
 
         V = v.expand(self.E, self.n)
-        if not self._gauss:
-            return jvp(grad(lambda theta: loss(outputs(theta))), (primal.theta,), (V,))[1]  # type: ignore[no-any-return]
-        z, back = vjp(outputs, primal.theta)
-        tangent = jvp(outputs, (primal.theta,), (V,))[1]
-        return back(jvp(grad(loss), (z,), (tangent,))[1])[0]  # type: ignore[no-any-return]
+        with torch.enable_grad():
+            theta = primal.theta.detach().requires_grad_()
+            z = outputs(theta)
+            if not self._gauss:
+                (g,) = grad(loss(z), theta, create_graph=True)
+                return grad(g, theta, V)[0]
+            u = torch.zeros_like(z, requires_grad=True)
+            (back,) = grad(z, theta, u, create_graph=True)
+            (tangent,) = grad(back, u, V, retain_graph=True)
+            leaf = z.detach().requires_grad_()
+            (g,) = grad(loss(leaf), leaf, create_graph=True)
+            return grad(z, theta, grad(g, leaf, tangent)[0])[0]
 
     def _one(self, e: int) -> Recognised:
         objective = self._operators[e].objective
