@@ -219,7 +219,7 @@ class _Run:
         for e in range(E):
             if needs_probes(self.members[e], request.check):
                 with of_member(e):
-                    probe(self._member(e), request.seed)
+                    probe(self._member(e), request.seed, "lanczos")
                 self.probes[e] = PROBE_PRODUCTS
         plan = make_plan(n, dtype, device, request, None if self.memory is None else self.memory // at_once, self.host_memory)
         self._plan = plan
