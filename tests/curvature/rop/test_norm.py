@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from fastsharp.curvature.rop.memory import Unrecorded
-
-from .check import check_rule, part_of
-from .subsets import Case, channels_last, check_case
+from tests.curvature.rop.check import check_rule, part_of
+from tests.curvature.rop.subsets import Case, channels_last, check_case
 
 aten = torch.ops.aten
 BN = aten.native_batch_norm.default

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
+from fastsharp.curvature.rop.memory import Unrecorded
+from fastsharp.curvature.rop.parts import lift, sum_to, width
+from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.rules.matmul import gather
 from fastsharp.ops import dual
-
-from ..memory import Unrecorded
-from ..parts import lift, sum_to, width
-from ..rule import Call, Part, Tangents, rule
-from .matmul import gather
 
 aten = torch.ops.aten
 
