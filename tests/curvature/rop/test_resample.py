@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsharp.curvature.rop.rule import RULES, Call
-from tests.curvature.rop.check import check_rule
+from tests.curvature.rop.check import check_rule, part_of
 from tests.curvature.rop.subsets import Case, channels_last, check_case
 
 aten = torch.ops.aten
@@ -58,3 +58,11 @@ def test_a_grid_that_depends_on_parameters_is_refused() -> None:
     x, grid = torch.randn(1, 1, 3, 3), torch.zeros(1, 2, 2, 2)
     y = aten.grid_sampler_2d.default(x, grid, 0, 0, False)
     assert RULES[aten.grid_sampler_2d.default](Call(aten.grid_sampler_2d.default, (x, grid, 0, 0, False), {}, y, lambda t: True)) is None
+
+
+def test_adjoint_lies_as_its_input_does() -> None:
+    """Bicubic kernels return contiguous tensors whatever they are given."""
+    x = channels_last(torch.randn(2, 3, 4, 5))
+    _, part = part_of(aten.upsample_bicubic2d.default, x, [8, 9], False)
+    (x_gt,) = part.backward([torch.randn(3, 2, 3, 8, 9)], None, ())
+    assert x_gt is not None and x_gt.stride()[1:] == x.stride()
