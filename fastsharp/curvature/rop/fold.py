@@ -81,8 +81,8 @@ def _transposes(call: Call) -> bool:
     if call.inputs[0].dim() != 2:
         return False
     if call.func is aten.transpose.int:
-        return bool((call.args[1] - call.args[2]) % 2 == 1)
-    return call.func is aten.t.default or (call.func is aten.permute.default and [d % 2 for d in call.args[1]] == [1, 0])
+        return bool((call.args[1] - call.args[2]) % 2)
+    return bool(call.func is aten.t.default or (call.func is aten.permute.default and [d % 2 for d in call.args[1]] == [1, 0]))
 
 
 _NORMS = (

@@ -37,7 +37,7 @@ class Convolution(Part):
         self.second_order = on[0] and on[1]
         self.format = _layout(x, weight)
         self.x = self.laid(x)
-        self.weight = weight
+        self.weight = self.laid(weight)  # once: torch would in each of five calls a product
         self.y_shape = y.shape
 
     def laid(self, t: Tensor) -> Tensor:
@@ -57,6 +57,8 @@ class Convolution(Part):
             a_t = self._fold(a_t)
             y = aten.convolution.default(a_t, self.weight, None, *self.options).unflatten(0, (b, -1))
         if w_t is not None:
+            if self.format == torch.channels_last:
+                w_t = torch.unflatten(self._fold(w_t), 0, (b, -1))  # for the way back as well
             each = [aten.convolution.default(self.x, w_t[k], None if c_t is None else c_t[k], *self.options) for k in range(b)]
             if y is None:
                 y = each[0].unsqueeze(0) if b == 1 else torch.stack(each)
@@ -107,13 +109,15 @@ class Convolution(Part):
             for adjoint, x in ((g_t, self.x), (g, x_t)):
                 if adjoint is None or x is None:
                     continue
+                parts: list[Tensor] = []
                 for k in range(b):
                     a = adjoint[k * n : (k + 1) * n] if len(adjoint) > n else adjoint
                     z = x[k * n : (k + 1) * n] if len(x) > n else x
-                    part = self._corr(a, z)
-                    if total is None:
-                        total = part.new_zeros(b, *part.shape)
-                    total[k].add_(part)
+                    parts.append(self._corr(a, z))
+                    if total is not None:
+                        total[k].add_(parts.pop())
+                if total is None:
+                    total = parts[0].unsqueeze(0) if b == 1 else torch.stack(parts)
             out[1] = None if into[1] is not None else total
         if self.on[2] and y_gt[0] is not None:
             c_gt = y_gt[0].sum([1, *range(3, y_gt[0].dim())])
