@@ -6,14 +6,18 @@ Note on numerical properties
 *Change.* With A0 the last operator, the first product gives delta = ||A v - A0 v||, where A0 v is known from the old pairs. The
 first unlisted value mu may have risen by as much, so the gap is that to mu + 1.5 delta. It is an estimate, not a theorem: Weyl's bound
 holds for ||A - A0||, of which delta is a lower bound.
-*Missing value, k = 1.* An eigenvector u with eigenvalue lambda has |u'v_1| <= prod beta_j / prod (lambda - theta_j) (see `stopping`), so
-every eigenvector with a component of at least 0.15 along the start lies below the lambda where that quotient is 0.15. It serves where the
+*Missing value.* An eigenvector u with eigenvalue lambda has |u'v_1| <= prod beta_j / prod |lambda - theta_j| (see `stopping`). Where that
+quotient is below 0.15 / sqrt(k) there is no eigenvalue whose vector has such a component along the start, of k vectors mixed evenly: all
+lie in intervals around the Ritz values, and the one around theta_i reaches so far above it. It lets a run stop where the
 gap is too small to be trusted. The next pairs enter the start with weights of 0.05 to 0.1, so that an exchange of order among them usually shows, not always.
 *Limit.* A pair that overtakes the top one between two checks can be missed, and then the stated bound is wrong. On recorded runs of a
 small CNN it happened in none of 62 updates where the vectors turned slowly (full-batch momentum, Adam 3e-4), and in 4 of 93 where they
 turn by half a radian and more from one update to the next (Adam 1e-3, SGD).
-*Stated bounds.* Since the gap is an estimate, a warm value claims no more than was asked: its bound is tol |theta|, or what the
-test gave where that is more. Cold and check runs end by `StopRule` and carry its bounds.
+*Stated bounds.* Stopping rests on estimates, so `converged` says that the stop test was met and the bound is another, cautious one: the
+first unlisted value is taken to have risen by 3 delta, to rho. Either theta_k is above rho, and Kato and Temple give r^2 / (theta - rho);
+or one as large as rho may be missing, and the distance to it is at most max(r, rho - theta). The smaller one holds in
+both cases; never less than tol |theta| or what the stop test gave. It may exceed tol by far: then the order of the values is open.
+Cold and check runs end by `StopRule` and carry its bounds.
 *Newcomers.* An eigenvector orthogonal to all old ones is met by the random fiftieth of the warm start the earlier the larger it
 is: at n = 200 after 2 updates (median) with ten times the tracked value, after 6 with twice; with 1.1 times not before the check. At the latest the next check sees it, with the probability of `StopRule`.
 
@@ -23,6 +27,7 @@ Sources: Parlett 1998, sections 11.7 and 13.2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +47,8 @@ _GUARDS = (0.1, 0.05, 0.05)
 _CHECK_GUARDS = (0.5, 0.3, 0.3)
 _RANDOM = 0.02
 _COMPONENT = 0.15  # smallest component along the start that the top eigenvector is taken to have
-_RISE = 1.5  # units of delta by which the first unlisted value may have risen
+_RISE = 1.5  # units of delta by which the first unlisted value may have risen, for the stop test
+_CAUTIOUS_RISE = 3.0  # and for the stated bound
 _OUTSIDE = 0.5  # an old vector is kept if at least this much of it is outside of the new space
 
 
@@ -86,13 +92,14 @@ class _Recorder(SymmetricOperator):
 
 
 class _WarmRule:
-    """Stop at the first step where every wanted value meets its target by the carried gap, or the top one by the missing-value test."""
+    """Stop at the first step where every wanted value meets its target by the carried gap or by the missing-value test."""
 
     def __init__(self, request: Request, eps: float, unlisted: float) -> None:
         self.request = request
         self.targets = Targets(request.tol, request.criterion, eps)
         self.unlisted = unlisted
-        self.bounds = torch.empty(0, dtype=torch.float64)
+        self.bounds = torch.empty(0, dtype=torch.float64)  # the stated ones
+        self.met = torch.empty(0, dtype=torch.bool)
         self.why = ""
 
     def __call__(self, state: Tridiagonal, delta: float) -> bool:
@@ -101,39 +108,60 @@ class _WarmRule:
         if theta.numel() < k or len(state.blocks) > 1:
             return False
         order = torch.argsort(theta, descending=True)
-        top, r = theta[order[:k]], residuals[order[:k]]
-        rise = math.ldexp(self.unlisted + _RISE * delta, -shift)
-        others = torch.cat([theta[order[k:]], torch.tensor([rise], dtype=torch.float64)])
-        every = torch.cat([top, others.max()[None]])
-        gaps = (top[:, None] - every[None, :]).abs()
-        gaps[:, :k].fill_diagonal_(math.inf)
-        gap = gaps.min(1).values
-        smallest = floor(state.eps, state.norm)
-        limit = (self.request.tol * top.abs()).clamp(min=smallest)
-        by_gap = torch.where(gap > r, r * r / gap, math.inf) if float(top[-1]) > rise else torch.full_like(r, math.inf)
-        bounds = by_gap
-        if k == 1:
-            bounds = torch.minimum(by_gap, torch.tensor([_above(state, theta, float(top[0]))], dtype=torch.float64))
-        met = self.targets.met(top, r, bounds, state.norm) & (bounds <= limit)
-        self.bounds = torch.maximum(bounds, limit)
+        top, r, rest = theta[order[:k]], residuals[order[:k]], theta[order[k:]]
+        rise, cautious_rise = (math.ldexp(self.unlisted + units * delta, -shift) for units in (_RISE, _CAUTIOUS_RISE))
+        limit = (self.request.tol * top.abs()).clamp(min=floor(state.eps, state.norm))
+        by_gap = _kato_temple(top, r, rest, rise)
+        bounds = torch.minimum(by_gap, _above(state, top, k))
+        self.met = self.targets.met(top, r, bounds, state.norm) & (bounds <= limit)
+        cautious = torch.minimum(_kato_temple(top, r, rest, cautious_rise), torch.maximum(r, cautious_rise - top))
+        self.bounds = torch.maximum(torch.where(self.met, limit, bounds), cautious)
         self.why = "gap to the next value" if bool((by_gap <= bounds).all()) else "no missing value with a share of the start"
-        return bool(met.all())
+        return bool(self.met.all())
 
 
-def _above(state: Tridiagonal, theta: torch.Tensor, top: float) -> float:
-    """Distance above the top Ritz value beyond which an eigenvector has a component below 0.15 in the start vector."""
-    block = state.blocks[0]
+def _kato_temple(top: torch.Tensor, r: torch.Tensor, rest: torch.Tensor, rise: float) -> torch.Tensor:
+    """r^2 / gap to the other listed values, the other Ritz values and `rise`; inf where the last listed value is not above `rise`, or r is."""
+    if float(top[-1]) <= rise:
+        return torch.full_like(r, math.inf)
+    every = torch.cat([top, torch.cat([rest, rest.new_tensor([rise])]).max()[None]])
+    gaps = (top[:, None] - every[None, :]).abs()
+    gaps[:, : len(top)].fill_diagonal_(math.inf)
+    gap = gaps.min(1).values
+    return torch.where(gap > r, r * r / gap, math.inf)
+
+
+def _above(state: Tridiagonal, top: torch.Tensor, k: int) -> torch.Tensor:
+    """For each listed value, descending, how far above it there may be an eigenvector with a component of 0.15 / sqrt(k) in the start vector.
+
+    log prod |lambda - theta_j| is concave between two Ritz values: bisection from theta_i to its maximum; where that is not enough,
+    the whole distance to the next value above.
+    """
+    block, theta = state.blocks[0], state.ritz()[0]
     if block.beta[-1] == 0.0:
-        return 0.0
-    target = sum(map(math.log, block.beta)) - math.log(_COMPONENT)
-    low, high = 0.0, 2.0 * max(math.exp(target / len(block.beta)), abs(top) * state.eps)  # each factor is at least the distance itself
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        if float((top + middle - theta).clamp(min=1e-300).log().sum()) < target:
-            low = middle
-        else:
-            high = middle
-    return high
+        return torch.zeros_like(top)
+    target = sum(map(math.log, block.beta)) - math.log(_COMPONENT / math.sqrt(k))
+    reach = 2.0 * max(
+        math.exp(target / len(block.beta)), float(top[0].abs()) * state.eps
+    )  # each factor is at least the distance to the first
+
+    def product(x: float) -> float:
+        return float((x - theta).abs().clamp(min=1e-300).log().sum())
+
+    def slope(x: float) -> float:
+        return float((1.0 / (x - theta)).sum())
+
+    def bisect(low: float, high: float, below: Callable[[float], bool]) -> float:
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if below(middle) else (low, middle)
+        return high
+
+    found = [bisect(float(top[0]), float(top[0]) + reach, lambda x: product(x) < target) - float(top[0])]
+    for x, after in zip(top[1:].tolist(), top[:-1].tolist(), strict=True):
+        peak = bisect(x, after, lambda at: slope(at) > 0.0)
+        found.append(bisect(x, peak, lambda at: product(at) < target) - x if product(peak) > target else after - x)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def follow(
@@ -178,9 +206,9 @@ def follow(
                 delta, expected = norm(recorder.rows(1)[0] - expected), None
             settled = cold(*state.ritz(), state.blocks, state.norm)
             stopped = warm is not None and warm(state, delta) and not settled
-        pairs = _pairs(state, recorder, operator, request, settled=settled, bounds=warm.bounds if warm is not None and stopped else None)
+        pairs = _pairs(state, recorder, operator, request, settled=settled, warm=warm if stopped else None)
     except KeyboardInterrupt as interrupt:
-        partial = _pairs(state, recorder, operator, request, settled=False, bounds=None) if state.size else None
+        partial = _pairs(state, recorder, operator, request, settled=False, warm=None) if state.size else None
         raise Interrupted(f"tracker: interrupted after {state.n_matvec} products; .partial holds the pairs so far.", partial) from interrupt
     why = {"cold": "first call", "check": "check for newcomers", "warm": "the warm test failed; gone on to the cold rule"}[kind]
     if warm is not None and stopped:
@@ -198,7 +226,7 @@ def _warn(pairs: Eigenpairs, request: Request) -> None:
 
 
 def _pairs(
-    state: Tridiagonal, recorder: _Recorder, operator: SymmetricOperator, request: Request, *, settled: bool, bounds: torch.Tensor | None
+    state: Tridiagonal, recorder: _Recorder, operator: SymmetricOperator, request: Request, *, settled: bool, warm: _WarmRule | None
 ) -> Eigenpairs:
     """X = S V and A X = S (A V): Rayleigh quotients and true residuals without a product."""
     theta, estimates = state.ritz()
@@ -210,7 +238,9 @@ def _pairs(
     values, residuals = rayleigh(X, Y)
     theta, estimates = theta.clone(), estimates.clone()
     theta[chosen], estimates[chosen] = values, residuals
-    if bounds is None:
+    if warm is not None:
+        bounds = warm.bounds
+    else:
         bounds = value_bounds(theta, estimates)[chosen] if settled else residuals
     bounds = bounds.clamp(min=rounding(state.eps, state.norm))
     targets = Targets(request.tol, request.criterion, state.eps)
@@ -223,7 +253,7 @@ def _pairs(
         eigenvectors=X,
         residuals=scaled(residuals, shift),
         error_bounds=scaled(bounds, shift),
-        converged=targets.met(values, residuals, bounds, state.norm),
+        converged=targets.met(values, residuals, bounds, state.norm) if warm is None else warm.met,
         verified=True,
         n_matvec=state.n_matvec,
         n_verify=0,
