@@ -37,6 +37,8 @@ CASES = [
     Case(aten.as_strided.default, lambda r: (r(3, 4), [2, 2], [4, 2], 1)),
     Case(aten.as_strided.default, lambda r: (r(4, 3).t(), [5, 3], [1, 2])),
     Case(aten.split.Tensor, lambda r: (r(3, 7), 3, -1)),
+    Case(aten.unsafe_split.Tensor, lambda r: (r(3, 7), 3, -1)),
+    Case(aten.unsafe_split_with_sizes.default, lambda r: (r(3, 7), [2, 5], 1)),
     Case(aten.split_with_sizes.default, lambda r: (channels_last(r(2, 6, 3, 3)), [1, 2, 3], 1)),
     Case(aten.unbind.int, lambda r: (r(3, 4, 2), 1)),
     Case(aten.cat.default, lambda r: ([r(2, 3), r(2, 1), r(2, 4)], -1)),

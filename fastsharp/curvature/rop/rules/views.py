@@ -206,7 +206,16 @@ class Split(Part):
         return [x_gt]
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split_copy.Tensor, aten.unbind_copy.int)
+@rule(
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.split_copy.Tensor,
+    aten.unbind_copy.int,
+)
 def split(call: Call) -> Part | None:
     name, n = call.func.overloadpacket, call.inputs[0].dim()
     if name in (aten.unbind, aten.unbind_copy):
