@@ -1,6 +1,6 @@
 """Peepholes: runs of calls that one fused part linearises in fewer passes over the activations.
 
-t, addmm or mm                          linear: the parameter's adjoint goes straight to its place in the flat result
+t, addmm or mm, (relu)                  linear: the parameter's adjoint goes straight to its place in the flat result
 convolution, batch norm, (relu)         convolution_norm: the norm, on constant statistics, becomes part of the weight
 """
 
@@ -136,12 +136,17 @@ def _cancels(mean: torch.Tensor, var: torch.Tensor, bias: torch.Tensor | None, e
 
 
 def _relu(call: Call, makers: Makers, uses: Uses) -> tuple[Call, Call] | None:
-    """The activation of a convolution with its norm."""
+    """The activation of a linear layer, or of a convolution with its norm."""
     if call.func is not aten.relu.default or uses[id(call.inputs[0])] != 1:
         return None
-    conv = makers.get(id(call.inputs[0]))
-    if conv is None or conv.func is not convolution_norm:
+    made = makers.get(id(call.inputs[0]))
+    if made is None:
         return None
-    args = [*conv.args]
-    args[8] = True
-    return conv, _fused(convolution_norm, args, call.outputs, [conv])
+    if made.func is linear:
+        args = [*made.args, None][:3] + [True]
+    elif made.func is convolution_norm:
+        args = [*made.args]
+        args[8] = True
+    else:
+        return None
+    return made, _fused(made.func, args, call.outputs, [made])

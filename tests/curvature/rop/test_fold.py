@@ -108,6 +108,22 @@ def test_linear_layers() -> None:
     assert folded(verify(lambda: model(x), list(model.parameters()), model)) == {"linear": 2}
 
 
+def test_relu_of_a_linear_layer() -> None:
+    model = settled(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3)))
+    x = IMAGES.reshape(-1, 4)[:6]
+    lin = verify(lambda: model(x), list(model.parameters()), model)
+    assert folded(lin) == {"linear": 3}
+    assert "relu.default" not in {row.op for row in lin.table()}
+
+    def read_twice() -> torch.Tensor:
+        y = model[0](x)
+        z: torch.Tensor = model[2:](y.relu() * y)
+        return z
+
+    lin = verify(read_twice, list(model.parameters()), model)
+    assert sum(row.calls for row in lin.table() if row.op == "relu.default") == 1
+
+
 @pytest.mark.parametrize("turn", [lambda w: w.t(), lambda w: w.transpose(-1, 0), lambda w: w.permute(-1, 0)])
 def test_every_way_to_turn_a_weight(turn: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x, w, c = IMAGES.reshape(-1, 4)[:5], *(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (3,)))
