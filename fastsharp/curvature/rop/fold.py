@@ -1,7 +1,7 @@
 """Peepholes: runs of calls that one fused part linearises in fewer passes over the activations.
 
-t, addmm or mm                          linear: the parameter's adjoint goes straight to its place in the flat result
-convolution, batch norm, (relu)         convolution_norm: the norm, on constant statistics, becomes part of the weight
+t, addmm or mm, (relu)                  linear: the parameter's adjoint goes straight to its place in the flat result
+convolution, batch norm, (add), (relu)  convolution_norm: the norm, on constant statistics, becomes part of the weight
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fold(calls: list[Call], uses: Uses) -> list[Call]:
             input of another are the same object, and a value that autograd holds constant is another object than the active one.
     """
     calls = fold_softmax_ce(calls, uses)
-    for peephole in (_linear, _norm, _relu):
+    for peephole in (_linear, _norm, _skip, _relu):
         calls = _replaced(calls, uses, peephole)
     return calls
 
@@ -122,7 +122,7 @@ def _norm(call: Call, makers: Makers, uses: Uses) -> tuple[Call, Call] | None:
     if not _pays(weight, conv.outputs[0]) or _cancels(mean, var, bias, eps):
         return None
     options = [inner[name] for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
-    args = [inner["input"], weight, bias, gamma, beta, mean, var, eps, False, *options]
+    args = [inner["input"], weight, bias, gamma, beta, mean, var, None, eps, False, *options]
     return conv, _fused(convolution_norm, args, call.outputs[:1], [conv, call])
 
 
@@ -137,13 +137,32 @@ def _cancels(mean: torch.Tensor, var: torch.Tensor, bias: torch.Tensor | None, e
     return bool((shift.abs() > CANCELLATION * (var + eps).sqrt()).any())
 
 
+def _skip(call: Call, makers: Makers, uses: Uses) -> tuple[Call, Call] | None:
+    """The sum of a convolution with its norm and a skip connection of the same shape."""
+    if call.func is not aten.add.Tensor or call.kwargs.get("alpha", 1) != 1 or len(call.inputs) != 2:
+        return None
+    for y, skip in (call.inputs, call.inputs[::-1]):
+        made = makers.get(id(y))
+        alone = uses.get(id(y)) == 1 and y.shape == skip.shape and y.dtype == skip.dtype
+        if alone and made is not None and made.func is convolution_norm and made.args[7] is None:
+            args = [*made.args]
+            args[7] = skip
+            return made, _fused(convolution_norm, args, call.outputs, [made, call])
+    return None
+
+
 def _relu(call: Call, makers: Makers, uses: Uses) -> tuple[Call, Call] | None:
-    """The activation of a convolution with its norm."""
+    """The activation of a linear layer, or of a convolution with its norm."""
     if call.func is not aten.relu.default or uses[id(call.inputs[0])] != 1:
         return None
-    conv = makers.get(id(call.inputs[0]))
-    if conv is None or conv.func is not convolution_norm:
+    made = makers.get(id(call.inputs[0]))
+    if made is None:
         return None
-    args = [*conv.args]
-    args[8] = True
-    return conv, _fused(convolution_norm, args, call.outputs, [conv])
+    if made.func is linear:
+        args = [*made.args, None][:3] + [True]
+    elif made.func is convolution_norm:
+        args = [*made.args]
+        args[9] = True
+    else:
+        return None
+    return made, _fused(made.func, args, call.outputs, [made])

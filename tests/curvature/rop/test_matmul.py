@@ -35,6 +35,7 @@ CASES: dict[str, tuple[Any, list[torch.Tensor], dict[str, Any]]] = {
     "baddbmm broadcast": (aten.baddbmm.default, [rand(1, 1, 2), rand(4, 5, 3), rand(4, 3, 2)], {}),
     "addmv": (aten.addmv.default, [rand(5), rand(5, 3), rand(3)], {"beta": 0.5, "alpha": 2.0}),
     "linear": (linear, [rand(5, 3), rand(7, 3), rand(7)], {}),
+    "linear and relu": (linear, [rand(5, 3), rand(7, 3), rand(7)], {"relu": True}),
     "linear without bias": (linear, [rand(5, 3), rand(7, 3)], {}),
     "linear of a sequence": (aten.linear.default, [rand(2, 5, 3), rand(7, 3), rand(7)], {}),
     "linear of a vector": (aten.linear.default, [rand(3), rand(7, 3), rand(7)], {}),

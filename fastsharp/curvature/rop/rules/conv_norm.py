@@ -1,4 +1,4 @@
-"""Convolution, batch norm on constant statistics and, where it follows, ReLU in one part.
+"""Convolution, batch norm on constant statistics and, where they follow, the sum with a skip connection and ReLU in one part.
 
 With r = 1 / sqrt(var + eps) and s = gamma r the composition is a convolution with
     W' = s W                      c' = s (c - mean) + beta
@@ -7,7 +7,7 @@ channel by channel, exactly. W', c' are products of parameters, so beside the co
     W_gt   = s W'_gt + s_t W'_g   c_gt = s c'_gt + s_t c'_g   beta_gt = c'_gt
     s_gt   = <W'_gt, W> + <W'_g, W_t> + (c - mean) c'_gt + c'_g c_t       gamma_gt = r s_gt
 with the inner products over all but the channel of the output: they cost a pass over parameters, none over activations. W'_g, c'_g
-are formed once, with the adjoint. ReLU multiplies by its mask in place.
+are formed once, with the adjoint. The skip is added and ReLU multiplies by its mask in place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 Tensor = torch.Tensor
 
-NAMES = ("x", "weight", "bias", "gamma", "beta", "mean", "var")
+NAMES = ("x", "weight", "bias", "gamma", "beta", "mean", "var", "skip")
 
 
 def convolution_norm(
@@ -35,12 +35,14 @@ def convolution_norm(
     beta: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    skip: Tensor | None,
     eps: float,
     relu: bool,
     *options: Any,
 ) -> Tensor:
-    """relu(batch_norm(convolution(x, weight, bias, *options), mean, var, gamma, beta)): what `fold` makes of the calls."""
+    """relu(batch_norm(convolution(x, weight, bias, *options), mean, var, gamma, beta) + skip): what `fold` makes of the calls."""
     y = torch.nn.functional.batch_norm(aten.convolution.default(x, weight, bias, *options), mean, var, gamma, beta, False, 0.0, eps)
+    y = y if skip is None else y + skip
     return y.relu() if relu else y
 
 
@@ -55,8 +57,8 @@ def _dot(a: Tensor, w: Tensor) -> Tensor:
 @rule(convolution_norm)
 class ConvolutionNorm(Part):
     def __init__(self, call: Call) -> None:
-        x, weight, bias, gamma, _, mean, var, eps, relu = call.args[:9]
-        given = [name for name, t in zip(NAMES, call.args[:7], strict=True) if t is not None]
+        x, weight, bias, gamma, _, mean, var, _, eps, relu = call.args[:10]
+        given = [name for name, t in zip(NAMES, call.args[:8], strict=True) if t is not None]
         self.places = {name: i for i, name in enumerate(given) if call.active[i]}
         self.inputs = len(given)
         self.r = torch.rsqrt(var + eps)
@@ -66,7 +68,7 @@ class ConvolutionNorm(Part):
         self.weight = weight
         inner = ("x" in self.places, not self.places.keys().isdisjoint(("weight", "gamma")))
         self.conv = Convolution(
-            x, weight * self.s.view(self.column), call.outputs[0], call.args[9:], (*inner, not self.places.keys().isdisjoint(NAMES[2:5]))
+            x, weight * self.s.view(self.column), call.outputs[0], call.args[10:], (*inner, not self.places.keys().isdisjoint(NAMES[2:5]))
         )
         self.second_order = True
         # the layout of the convolution's output, so that the product with the mask runs along memory
@@ -91,9 +93,14 @@ class ConvolutionNorm(Part):
             added = c_t * self.s if added is None else torch.addcmul(added, c_t, self.s)
         if s_t is not None:
             added = s_t * self.shift if added is None else torch.addcmul(added, s_t, self.shift)
-        (y,), kept = self.conv.tangent([self._of(x_t, "x"), folded, added])
+        through, skip = [self._of(x_t, "x"), folded, added], self._of(x_t, "skip")
+        y, kept = None, None
+        if any(t is not None for t in through):
+            (y,), kept = self.conv.tangent(through)
+        if skip is not None:
+            y = skip if y is None else y.add_(skip)
         if self.mask is not None and y is not None:
-            y.mul_(self.mask)
+            y = y * self.mask if y is skip else y.mul_(self.mask)
         return [y], (kept, s_t, W_t, c_t)
 
     def adjoint(self, y_g: Tangents) -> list[Tensor | None]:
@@ -105,6 +112,8 @@ class ConvolutionNorm(Part):
         outs = [None if t is None else t.squeeze(0) for t in outs]
         if "x" in self.places:
             outs[self.places["x"]] = x_g
+        if "skip" in self.places:
+            outs[self.places["skip"]] = g
         return outs
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[Tensor | None]:
@@ -116,6 +125,8 @@ class ConvolutionNorm(Part):
         outs = self._out(W_gt, c_gt, parameters or None, into)
         if x_gt is not None:
             outs[self.places["x"]] = place(x_gt, into[self.places["x"]] if into else None)
+        if "skip" in self.places and g is not None:
+            outs[self.places["skip"]] = place(g, into[self.places["skip"]] if into else None)
         return outs
 
     def _out(self, W_gt: Tensor | None, c_gt: Tensor | None, parameters: Any, into: Tangents) -> list[Tensor | None]:

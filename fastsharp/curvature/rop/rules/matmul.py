@@ -161,14 +161,18 @@ def added_matrix_vector(call: Call) -> Part:
     return Product(call, 0, float(call.kwargs.get("beta", 1)), float(call.kwargs.get("alpha", 1)), column=True)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + c on the parameter itself: what `fold` makes of t and addmm, so that W_gt has a place in the flat result."""
-    return torch.nn.functional.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """x W' + c on the parameter itself: what `fold` makes of t, addmm and relu, so that W_gt has a place in the flat result."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y.relu() if relu else y
 
 
 @rule(aten.linear.default, linear)
 class Linear(Part):
-    """y = x W' + c for x (..., features): y_t = x_t W' + x W_t' + c_t, x_gt = y_gt W + y_g W_t, W_gt = y_gt' x + y_g' x_t."""
+    """y = x W' + c for x (..., features): y_t = x_t W' + x W_t' + c_t, x_gt = y_gt W + y_g W_t, W_gt = y_gt' x + y_g' x_t.
+
+    ReLU multiplies by its mask: in place on the way forward, y_g once and for all.
+    """
 
     def __init__(self, call: Call) -> None:
         x, weight = call.inputs[:2]
@@ -179,6 +183,8 @@ class Linear(Part):
         self.weight = weight if self.on[0] else None
         self.x_shape, self.y_shape = x.shape, call.outputs[0].shape
         self.rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        y = call.outputs[0]
+        self.mask = (y > 0).to(y.dtype).view(self.rows, -1) if call.argument(3, "relu", False) else None
 
     def tangent(self, x_t: Tangents) -> tuple[list[Tensor | None], Any]:
         a_t, w_t = x_t[:2]
@@ -201,10 +207,19 @@ class Linear(Part):
             else:
                 y.view(b * self.rows, -1).addmm_(a_t.reshape(b * self.rows, -1), self.weight.t())
         assert y is not None
+        if self.mask is not None:
+            y.mul_(self.mask)
         return [y.view(b, *self.y_shape)], (a_t, w_t)
+
+    def adjoint(self, y_g: Tangents) -> list[Tensor | None]:
+        if self.mask is not None and y_g[0] is not None:
+            y_g = [self.mask * y_g[0]]
+        return super().adjoint(y_g)
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[Tensor | None]:
         g_t = None if y_gt[0] is None else y_gt[0].reshape(len(y_gt[0]), self.rows, -1)
+        if g_t is not None and self.mask is not None:
+            g_t = g_t * self.mask
         x_t, w_t = kept or (None, None)
         g = self.y_g[0].reshape(self.rows, -1) if kept is not None and self.second_order and self.y_g[0] is not None else None
         into = into or (None,) * self.inputs
