@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -26,7 +27,7 @@ _HOW_LONG = ("tol", "criterion", "max_iter", "verify")  # the same vectors in th
 
 @overload
 def lanczos(
-    model: list[nn.Module] | tuple[nn.Module, ...],
+    model: Sequence[nn.Module],
     loader: Any,
     loss_fn: Any = None,
     *,

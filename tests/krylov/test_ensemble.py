@@ -146,9 +146,11 @@ def test_an_invariant_space_is_restarted_as_in_a_run_of_its_own() -> None:
 def test_products_far_from_one(p: int) -> None:
     A = stack(spectrum(4.0, 0.7), spectrum(4.0, 0.7), dtype=torch.float32)
     A[1] *= 2.0**p
-    together, single, _ = both(A, k=2)
+    together, single, S = both(A, k=2)
     for t, s, scale in zip(together, single, (4.0, math.ldexp(4.0, p)), strict=True):
         assert_same(t, s, scale)
+    own = [r.n_matvec + r.n_verify for r in together]
+    assert S.taken == [own[0], 1 + own[1]]  # the second goes on by itself, where products are scaled
 
 
 def test_dense_and_probed() -> None:
