@@ -95,6 +95,11 @@ def _error(
     return (min(share, DIFFERENCE_GATE) if unseen else share), E
 
 
+def lacks_second_derivative(error: RuntimeError) -> bool:
+    """Whether torch says that an operation has no derivative of its backward."""
+    return "derivative for" in str(error) and "is not implemented" in str(error)
+
+
 class DoubleGradient:
     """Gradient and product of a float64 copy of the objective on a few samples of one batch; the model is not touched.
 
@@ -151,7 +156,12 @@ class DoubleGradient:
     def rounding(self, v: torch.Tensor) -> float:
         """||A v - (A v in float64)|| / ||A v|| for the operator's own products: what the model's precision loses, on the same samples."""
         self.limit(_SAMPLES)
-        exact = self.exact(v)
+        try:
+            exact = self.exact(v)
+        except RuntimeError as e:
+            if self._operator.backend != "rop" or not lacks_second_derivative(e):
+                raise
+            exact = self.by_engine(v)[0]
         own = torch.zeros(1, len(v), dtype=self._objective.dtype, device=v.device)
         self._operator.minibatch_products(self._single, self._key).products.add_products(v.to(own.dtype)[None], own, 1.0)
         scale = float(exact.norm())
@@ -159,7 +169,7 @@ class DoubleGradient:
 
     def exact(self, v: torch.Tensor) -> torch.Tensor:
         """A v at the weights by autograd, for the matrix of the operator."""
-        return self.product(self.theta, v)[0] if self._operator.kind == "hessian" else self._gauss_newton(v)
+        return self._by_autograd(self.theta, v)[0] if self._operator.kind == "hessian" else self._gauss_newton(v)
 
     def _gauss_newton(self, v: torch.Tensor) -> torch.Tensor:
         leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
@@ -168,9 +178,11 @@ class DoubleGradient:
             product = GaussNewtonGraph(value.loss, network_output(value), leaves).product(self._layout.views(v))
         return torch.zeros_like(v) if product is None else torch.cat([p.reshape(-1) for p in product])
 
-    def by_engine(self, v: torch.Tensor, rules: int | None = None) -> tuple[torch.Tensor, list[tuple[str, str]]]:
-        """(A v at the weights by the R-operator, its calls); Unrecorded where it cannot be recorded. `rules` as in `Linearised`."""
-        leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
+    def by_engine(
+        self, v: torch.Tensor, rules: int | None = None, theta: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+        """(A v by the R-operator, its calls), by default at the weights; Unrecorded where there is no tape. `rules` as in `Linearised`."""
+        leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta if theta is None else theta)]
         gauss = self._operator.kind == "ggn"
 
         def evaluate() -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -191,7 +203,15 @@ class DoubleGradient:
         return torch.cat([g.reshape(-1) for g in grads])
 
     def product(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(H v, g) at theta."""
+        """(H v, g) at theta, by the engine where it computes the products and torch has no second derivative."""
+        try:
+            return self._by_autograd(theta, v)
+        except RuntimeError as e:
+            if self._operator.backend != "rop" or not lacks_second_derivative(e):
+                raise
+        return self.by_engine(v, theta=theta)[0], self.gradient(theta)
+
+    def _by_autograd(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         leaves = [view.detach().requires_grad_() for view in self._layout.views(theta)]
         with self._doubled():
             grads = torch.autograd.grad(self._value(leaves).loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)

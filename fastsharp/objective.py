@@ -64,7 +64,7 @@ class Objective:
         self.seed = seed
         self.records = 0  # how often the weights were recorded: operators that share this objective compare it
         self.loss = Loss(model, loss_fn, reduction)
-        self._uses_attention = False
+        self.uses_attention = False
         self.record_weights()
         self._check_buffers()
         self.loss.settle_reduction(self.batches.first(), self._once)
@@ -122,8 +122,6 @@ class Objective:
             notes.append("reduction 'sum': the matrix is that of the plain sum over examples, not of their mean")
         if self.loss.loss_fn is None:
             notes.append("loss: the model's own .loss, or cross-entropy")
-        if self._uses_attention:
-            notes.append("attention ran on torch's MATH kernel, the one with a second derivative")
         if self.batches.streamed:
             notes.append("the data exceed the memory budget and were read anew in every product")
         return notes
@@ -205,7 +203,7 @@ class Objective:
             changed = [
                 name for name, mark in marks(after.items()).items() if mark != before.get(name) or not same_values(after[name], held[name])
             ]
-        self._uses_attention = seen.found
+        self.uses_attention = seen.found
         if changed:
             raise ModelModeError(
                 f"the forward pass of {type(self.model).__name__} writes to its buffers: {', '.join(changed[:6])}.\n"

@@ -89,6 +89,8 @@ def _notes(outcome: dict[str, Any]) -> tuple[str, ...]:
     notes = []
     if isinstance(unmeasured := outcome.get("finite_difference"), str):
         notes.append(f"finite-difference check {unmeasured}")
+    if isinstance(compared := outcome.get("engine"), str):
+        notes.append(f"products of the engine {compared}")
     if outcome.get("rounding", 0.0) > ROUNDING_NOTE:
         notes.append(f"rounding changes products by {outcome['rounding']:.0e} of their norm; model.double() gives more digits")
     if outcome.get("least_curvature", 0.0) < -ROUNDING_NOTE:

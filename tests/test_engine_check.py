@@ -62,3 +62,15 @@ def test_sound_rules_pass_far_below_the_gate(operator: str, dtype: torch.dtype) 
 def test_autograd_is_not_compared_with_itself() -> None:
     H = fastsharp.Hessian(network(), BATCH, nn.CrossEntropyLoss(), backend="autograd")
     assert "engine" not in preflight(H)
+
+
+def test_a_layer_that_torch_cannot_differentiate_twice() -> None:
+    """hardsigmoid: the engine has its rule, the finite difference of the gradient finds it right, and the result says what was not compared."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Hardsigmoid(), nn.Linear(8, 3))
+    result = fastsharp.lanczos(model, BATCH, nn.CrossEntropyLoss(), k=1)
+    assert bool(result.converged.all())
+    assert result.settings["preflight"]["finite_difference"] <= 1e-8
+    assert any("no second derivative" in note for note in result.notes)
+    with pytest.raises(fastsharp.errors.DoubleBackwardError):
+        fastsharp.lanczos(model, BATCH, nn.CrossEntropyLoss(), k=1, backend="autograd")

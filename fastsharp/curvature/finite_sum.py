@@ -139,6 +139,8 @@ class FiniteSum(SymmetricOperator):
     @property
     def notes(self) -> tuple[str, ...]:
         notes = self.objective.notes()
+        if self.objective.uses_attention and self.backend == "autograd":
+            notes.append("attention ran on torch's MATH kernel, the one with a second derivative")
         if self._precision:
             notes.append(f"products in {self._precision}")
         notes += [f"products by {self.backend}: {reason}" for reason in self._refusals]
