@@ -159,7 +159,7 @@ def _relu(call: Call, makers: Makers, uses: Uses) -> tuple[Call, Call] | None:
     if made is None:
         return None
     if made.func is linear:
-        args = [*[*made.args, None][:3], True]
+        args = [*made.args, *[None] * (3 - len(made.args)), True]
     elif made.func is convolution_norm:
         args = [*made.args]
         args[9] = True
