@@ -26,9 +26,7 @@ OWN_GATE = 1e-2
 _SAMPLES = 32
 
 
-def check_engine(
-    operator: FiniteSum, index: int, batch: Any, double: DoubleGradient | None, generator: torch.Generator
-) -> dict[str, Any]:
+def check_engine(operator: FiniteSum, index: int, batch: Any, double: DoubleGradient | None, generator: torch.Generator) -> dict[str, Any]:
     """{"engine": ||Av - (Av by autograd)|| / ||Av||} for one random v, or why there is no such number.
 
     Nothing where autograd computes the products anyway.
