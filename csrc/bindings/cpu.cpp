@@ -70,7 +70,8 @@ template <class S, class T> void basis(pybind11::module_& m, const std::string& 
 }
 
 fs::MlpShape shape(i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n) {
-    return {layers, at<const i64>(widths), at<const i64>(weights), at<const i64>(biases), curved, static_cast<fs::MlpLoss>(loss), samples, n};
+    return {layers, at<const i64>(widths), at<const i64>(weights), at<const i64>(biases), curved, static_cast<fs::MlpLoss>(loss), samples,
+            n};
 }
 
 template <class T> void mlp(pybind11::module_& m, const std::string& t) {
@@ -78,10 +79,10 @@ template <class T> void mlp(pybind11::module_& m, const std::string& t) {
           [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n) {
               return k::mlp_tile_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n));
           });
-    m.def(("mlp_workspace_size_" + t).c_str(),
-          [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n, i64 rows, int threads) {
-              return k::mlp_workspace_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n), rows, threads);
-          });
+    m.def(("mlp_workspace_size_" + t).c_str(), [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss,
+                                                  i64 samples, i64 n, i64 rows, int threads) {
+        return k::mlp_workspace_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n), rows, threads);
+    });
     m.def(("mlp_product_" + t).c_str(),
           [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n, bool gauss,
              Address cache, Address theta, i64 rows, Address member, Address V, i64 V_row, Address out, i64 out_row, Address work,

@@ -28,7 +28,7 @@ template <class T> struct Term { // X (rows, depth) by two strides, Y (depth, co
 
 template <class T> struct Tile { // views of the cache, by layer
     const T *a[kMostLayers + 1] = {}, *transposed[kMostLayers + 1] = {}, *f[kMostLayers + 1] = {}, *c[kMostLayers + 1] = {},
-            *y[kMostLayers + 1] = {};
+                             *y[kMostLayers + 1] = {};
     const T *p = nullptr, *w = nullptr;
     i64 count = 0, lanes = 0; // samples, and those rounded up to whole registers
 };

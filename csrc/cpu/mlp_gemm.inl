@@ -1,8 +1,8 @@
 // C = X1 Y1 + X2 Y2 with scalars of X broadcast and rows of Y in registers: the one product behind all passes of an MLP. Included inside
 // the namespace of the level, behind registers.inl.
 
-inline constexpr int kRowsAtOnce = 6;                           // with kVectors: as many sums as there are registers for
-inline constexpr int kVectors = FS_BYTES == 64 ? 4 : 2;         // of C in a row
+inline constexpr int kRowsAtOnce = 6;                   // with kVectors: as many sums as there are registers for
+inline constexpr int kVectors = FS_BYTES == 64 ? 4 : 2; // of C in a row
 template <class T> inline constexpr i64 kLanes = kWidth<T>;
 
 // M rows, N registers; `columns` of the N registers' lanes are stored.

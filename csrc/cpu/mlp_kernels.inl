@@ -62,8 +62,8 @@ template <class T> FS_TARGET void row_sums(const T* y, i64 rows, i64 lanes, T* o
     }
 }
 
-template <class T>
-FS_TARGET void product_of_tile(const MlpShape& s, bool gauss, const Tile<T>& t, const Buffers<T>& b, const T* W, const T* V, T* out, bool add) {
+template <class T> FS_TARGET void product_of_tile(const MlpShape& s, bool gauss, const Tile<T>& t, const Buffers<T>& b, const T* W,
+                                                  const T* V, T* out, bool add) {
     constexpr i64 S = kSamples<T>;
     const Term<T> none{};
     T *y = b.y, *next = b.other;
@@ -91,7 +91,8 @@ FS_TARGET void product_of_tile(const MlpShape& s, bool gauss, const Tile<T>& t, 
             row_sums(y, width, t.lanes, out + s.biases[l - 1], add);
         if (l == 1)
             break;
-        gemm<T>({W + at, 1, in, y, S, width}, gauss ? none : Term<T>{V + at, 1, in, t.y[l], S, width}, nullptr, next, S, in, t.lanes, false);
+        gemm<T>({W + at, 1, in, y, S, width}, gauss ? none : Term<T>{V + at, 1, in, t.y[l], S, width}, nullptr, next, S, in, t.lanes,
+                false);
         const bool curved = s.curved && !gauss;
         scaled<T>(t.f[l - 1], curved ? t.c[l - 1] : nullptr, curved ? b.z[l - 1] : nullptr, next, in, t.lanes);
         T* used = y;

@@ -33,9 +33,8 @@ template <class T> std::vector<T> filled(i64 size, test::Sequence& next) {
     return x;
 }
 
-template <class T>
-std::vector<T> product(const MlpShape& s, bool gauss, const std::vector<T>& cache, const std::vector<T>& theta, const std::vector<i64>& member,
-                       const std::vector<T>& V, int threads) {
+template <class T> std::vector<T> product(const MlpShape& s, bool gauss, const std::vector<T>& cache, const std::vector<T>& theta,
+                                          const std::vector<i64>& member, const std::vector<T>& V, int threads) {
     const auto rows = static_cast<i64>(member.size());
     auto out = test::poisoned_as<T>(rows * s.n);
     auto work = test::poisoned_as<T>(cpu::mlp_workspace_size<T>(s, rows, threads));
