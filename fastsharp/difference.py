@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
-from fastsharp.curvature.autograd import GaussNewtonGraph
+from fastsharp.curvature.autograd import GaussNewtonGraph, lacks_second_derivative
 from fastsharp.curvature.network_output import network_output
 from fastsharp.curvature.rop.linearise import Linearised
 from fastsharp.curvature.rop.tape import record
@@ -93,11 +93,6 @@ def _error(
     unseen = error <= min(128 * torch.finfo(torch.float64).eps * slope / h, 1e-9 * slope)
     share = error / scale if scale else float("inf")
     return (min(share, DIFFERENCE_GATE) if unseen else share), E
-
-
-def lacks_second_derivative(error: RuntimeError) -> bool:
-    """Whether torch says that an operation has no derivative of its backward."""
-    return "derivative for" in str(error) and "is not implemented" in str(error)
 
 
 class DoubleGradient:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from fastsharp.batches import count_of, head
-from fastsharp.curvature.autograd import graph_products
+from fastsharp.curvature.autograd import graph_products, lacks_second_derivative
 from fastsharp.curvature.batch_products import Request
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.rop.tape import Unrecorded
-from fastsharp.difference import DoubleGradient, lacks_second_derivative
+from fastsharp.difference import DoubleGradient
 from fastsharp.errors import DoubleBackwardError, EngineError
 
 DOUBLE_GATE = 1e-8  # of ||Av||

@@ -74,3 +74,22 @@ def test_a_layer_that_torch_cannot_differentiate_twice() -> None:
     assert any("no second derivative" in note for note in result.notes)
     with pytest.raises(fastsharp.errors.DoubleBackwardError):
         fastsharp.lanczos(model, BATCH, nn.CrossEntropyLoss(), k=1, backend="autograd")
+
+
+class Aligned(nn.Module):
+    """A loss whose backward torch cannot differentiate, and for which the engine has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.layer(x).log_softmax(-1)[:, None, :]
+        return nn.functional.ctc_loss(scores, torch.tensor([[1, 2]]), torch.tensor([len(x)]), torch.tensor([2]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "rop", "autograd"])
+def test_an_operation_without_second_derivative_or_rule_is_named(backend: str) -> None:
+    batch = (torch.randn(6, 4), torch.zeros(6))
+    with pytest.raises(fastsharp.errors.DoubleBackwardError, match="ctc_loss"):
+        fastsharp.lanczos(Aligned(), [batch], lambda out, target: out, reduction="mean", k=1, backend=backend)

@@ -174,9 +174,18 @@ def _named(loss_node: Any) -> Iterator[None]:
     except RuntimeError as e:
         if "marked with @once_differentiable" in str(e):
             raise _not_twice_differentiable(loss_node) from e
-        if "derivative for" in str(e) and "is not implemented" in str(e):
-            raise DoubleBackwardError(f"torch has no second derivative here: {e}\nUse another op or kernel in its place.") from e
+        if lacks_second_derivative(e):
+            raise no_second_derivative(e) from e
         raise
+
+
+def lacks_second_derivative(error: RuntimeError) -> bool:
+    """Whether torch says that an operation has no derivative of its backward."""
+    return "derivative for" in str(error) and "is not implemented" in str(error)
+
+
+def no_second_derivative(error: RuntimeError) -> DoubleBackwardError:
+    return DoubleBackwardError(f"torch has no second derivative here: {error}\nUse another op or kernel in its place.")
 
 
 def _not_twice_differentiable(loss_node: Any) -> DoubleBackwardError:

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastsharp.curvature.autograd import lacks_second_derivative, no_second_derivative
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
 from fastsharp.curvature.network_output import check_separable, network_output
 from fastsharp.curvature.rop.linearise import Linearised, Row
@@ -68,7 +69,12 @@ class TapeProducts(BatchProducts):
         return self._linearised.table()
 
     def add_products(self, V: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-        self._linearised.product(self._layout.rows(V), self._layout.rows(out), scale=scale / self._scale, gauss=self._gauss)
+        try:
+            self._linearised.product(self._layout.rows(V), self._layout.rows(out), scale=scale / self._scale, gauss=self._gauss)
+        except RuntimeError as e:
+            if lacks_second_derivative(e):  # of an island
+                raise no_second_derivative(e) from e
+            raise
 
     def nbytes(self, ignore: set[int]) -> int:
         return self._linearised.nbytes(ignore)
