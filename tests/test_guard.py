@@ -181,7 +181,7 @@ def test_reduced_precision_is_switched_off_inside():
     batches = net("mlp_tanh", torch.float32).batches
     model = Watching()
     with unusual_flags(), torch.autocast("cpu", torch.bfloat16), unchanged(model):
-        fastsharp.lanczos(model, batches, LOSS, k=1)
+        fastsharp.lanczos(model, batches, LOSS, k=1, backend="autograd")  # the engine lets one fused kernel pass, for which it has a rule
     assert seen
     for mkldnn, autocast, mha, (flash, efficient, math, _), _ in seen:
         assert not {"tf32", "bf16"} & set(mkldnn)

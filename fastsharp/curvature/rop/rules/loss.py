@@ -140,7 +140,7 @@ def _fill(call: Call, slopes: list[torch.Tensor | None]) -> list[torch.Tensor | 
 
 def _coefficients(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(index, c): targets, 0 where they are ignored, and c_i, 0 there; both in the shape of the targets."""
-    x, target, weight = call.args[0], call.args[1], call.argument(2, "weight")
+    x, target, weight = call.args[0], call.args[1].long(), call.argument(2, "weight")  # labels may be uint8, indices may not
     ignored = target == call.argument(4, "ignore_index", -100)
     index = target.masked_fill(ignored, 0)
     c = torch.ones(target.shape, dtype=x.dtype, device=x.device) if weight is None else weight[index].to(x.dtype)
