@@ -19,7 +19,7 @@ from fastsharp.curvature.ensemble import MlpEnsemble
 from fastsharp.engine_check import OWN_GATE
 from fastsharp.errors import EngineError, NondeterministicOperatorError, NonFiniteError, NotSymmetricError
 from fastsharp.krylov.ensemble import of_member
-from fastsharp.preflight import SYMMETRY_GATE, check_data
+from fastsharp.preflight import ROUNDING_GATE, SYMMETRY_GATE, check_data
 
 _PROBES = 3
 
@@ -76,6 +76,6 @@ def check_ensemble(
                 "finite_difference": said,
                 "notes": (f"finite-difference check {said}",),
             }
-    if max(symmetry) > 0.1:
+    if max(symmetry) > ROUNDING_GATE:
         e = symmetry.index(max(symmetry))
         raise NotSymmetricError(f"member {e}: |u'Hv - v'Hu| is {symmetry[e]:.2e} of ||u|| ||Hv||: the product is not symmetric.")
