@@ -6,7 +6,7 @@
 
 Parts and targets: products of one vector, 0.7, 1.5, 2.1, 1.7 and 1.9 gradients in the order of `hvp_cases.CASES`, and 1.3 times the floor; blocks of
 eight on one batch, per vector 0.7 of a single one on the tiny MLP, 1.0 elsewhere, 0.85 where the primal half is recomputed; memory, (2 + b) times the
-stored activations. The product of the first batch is compared with float64 double backward; its error may be twice that of torch's own
+stored activations. A product on eight samples is compared with float64 double backward first; its error may be twice that of torch's own
 float32.
 """
 
@@ -104,8 +104,8 @@ def test_products(benchmark: Any, name: str) -> None:
     model, batches = CASES[name](32 if QUICK else 1)
     auto, graph = (fastsharp.Hessian(model, batches, LOSS, backend=backend) for backend in ("auto", "autograd"))
     v = torch.randn(auto.n, generator=torch.Generator().manual_seed(2))
-    first = fastsharp.Hessian(model, batches[:1], LOSS)
-    ours, torchs = error_ratio(model, batches[:1], first @ v, v)
+    few = [(x[:8], y[:8]) for x, y in batches[:1]]  # float64 convolutions are slow
+    ours, torchs = error_ratio(model, few, fastsharp.Hessian(model, few, LOSS) @ v, v)
     assert ours <= max(2 * torchs, 2e-7), f"error {ours:.1e}, torch's own {torchs:.1e}"
     runs: dict[str, Callable[[], Any]] = {
         "gradient": gradient(model, batches),
