@@ -172,8 +172,7 @@ def _native_backend(name: str, module: ModuleType) -> Backend:
     def mlp(primal: Primal) -> tuple[Product, int]:
         return native_mlp(module, primal) if name == "cpu" else reference_mlp.mlp_same_dtype(primal)
 
-    dual = _native_dual.ops(module, place) if name == "cpu" else _REFERENCE.dual  # no CUDA kernels of these yet: torch's own
-    return Backend(name, (name,), alpha, dots, update, combine, probes, dual, mlp)
+    return Backend(name, (name,), alpha, dots, update, combine, probes, _native_dual.ops(module, place), mlp)
 
 
 def _rows(t: Tensor | None, strides: int) -> tuple[int, ...]:
