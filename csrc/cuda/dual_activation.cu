@@ -75,9 +75,10 @@ __device__ inline Derivatives derivatives(const Curve& f, double a) {
     return {0, 0};
 }
 
-template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 1)
+// Once for all products: without the variant for whole packs.
+template <class T> __global__ void __launch_bounds__(kBlock, 1)
     prepare_kernel(Curve f, Extent e, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2) {
-    for_each_strip<T, Packed>(e, e.rows, [&](i64, i64 r, i64 start, i64 left, auto part, int lane) {
+    for_each_strip<T, false>(e, e.rows, [&](i64, i64 r, i64 start, i64 left, auto part, int lane) {
         T a[kPerLane];
         T c[kPerLane];
         part.load(at(x, 0, r) + start, left, lane, a);
@@ -151,11 +152,7 @@ template <class T> Status activation_prepare(Curve f, Extent extent, Rows<const 
     if (guard.error() != cudaSuccess)
         return status_of("activation_prepare", guard.error());
     const Extent e = joined<const T>(extent, bias, x, read(d1), {}, {}, read(d2));
-    const bool whole = aligned(e, x) && aligned(bias, 1, 0) && aligned(e, d1) && aligned(e, d2);
-    with(whole, [&](auto packed) {
-        auto kernel = prepare_kernel<T, decltype(packed)::value>;
-        FS_LAUNCH(kernel, strip_blocks(e, e.rows, launch), 1, launch.strip_block, 0, stream, f, e, x, bias, d1, d2);
-    });
+    FS_LAUNCH(prepare_kernel<T>, strip_blocks(e, e.rows, launch), 1, launch.strip_block, 0, stream, f, e, x, bias, d1, d2);
     return status_of("activation_prepare", cudaGetLastError());
 }
 

@@ -39,7 +39,8 @@ struct Pair {
     __device__ explicit Pair(const double* sums) : mean(sums[0]), along(sums[1]) {}
 };
 
-template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 1)
+// Once for all products: without the variant for whole packs.
+template <class T> __global__ void __launch_bounds__(kBlock, 1)
     prepare_kernel(Extent e, Rows<const T> x, double eps, bool center, double* stats) {
     const Place place = in_row();
     const double n = static_cast<double>(e.columns);
@@ -47,7 +48,7 @@ template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 1)
         const T* row = at(x, 0, r);
         T v[kPerLane];
         double s[1] = {0};
-        place.for_each_chunk<T, Packed>(e.columns, [&](i64 start, i64 left, auto part) {
+        place.for_each_chunk<T, false>(e.columns, [&](i64 start, i64 left, auto part) {
             part.load(row + start, left, place.lane, v);
             for (int i = 0; i < kPerLane; ++i)
                 s[0] += static_cast<double>(v[i]);
@@ -55,7 +56,7 @@ template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 1)
         row_sums(s, place);
         const double mean = center ? s[0] / n : 0;
         s[0] = 0;
-        place.for_each_chunk<T, Packed>(e.columns, [&](i64 start, i64 left, auto part) {
+        place.for_each_chunk<T, false>(e.columns, [&](i64 start, i64 left, auto part) {
             part.load(row + start, left, place.lane, v);
             for (int i = 0; i < kPerLane; ++i) {
                 const double d = part.has(left, place.lane, i) ? static_cast<double>(v[i]) - mean : 0;
@@ -259,10 +260,7 @@ Status norm_prepare(Extent e, Rows<const T> x, double eps, bool center, double* 
     const DeviceGuard guard(device);
     if (guard.error() != cudaSuccess)
         return status_of("norm_prepare", guard.error());
-    with(aligned(e, x), [&](auto packed) {
-        auto kernel = prepare_kernel<T, decltype(packed)::value>;
-        FS_LAUNCH(kernel, row_blocks(e, launch), 1, launch.row_block, 0, stream, e, x, eps, center, stats);
-    });
+    FS_LAUNCH(prepare_kernel<T>, row_blocks(e, launch), 1, launch.row_block, 0, stream, e, x, eps, center, stats);
     return status_of("norm_prepare", cudaGetLastError());
 }
 

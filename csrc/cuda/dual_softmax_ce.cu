@@ -48,7 +48,8 @@ template <class T, bool Packed> __device__ inline void clear(T* row, i64 n, cons
     place.for_each_chunk<T, Packed>(n, [&](i64 start, i64 left, auto part) { part.store(row + start, left, place.lane, zero); });
 }
 
-template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 1)
+// Once for all products: without the variant for whole packs.
+template <class T> __global__ void __launch_bounds__(kBlock, 1)
     gradient_kernel(Extent e, Rows<const T> z, CrossEntropy<T> loss, Rows<T> p, Rows<T> g) {
     const Place place = in_row();
     const double n = static_cast<double>(e.columns);
@@ -57,15 +58,15 @@ template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 1)
         T* const to_p = at(p, 0, r);
         T* const to_g = at(g, 0, r);
         if (weight == 0) {
-            clear<T, Packed>(to_p, e.columns, place);
-            clear<T, Packed>(to_g, e.columns, place);
+            clear<T, false>(to_p, e.columns, place);
+            clear<T, false>(to_g, e.columns, place);
             return;
         }
         const T* row = at(z, 0, r);
         T x[kPerLane];
         double m = lowest();
         double s[1] = {0};
-        place.for_each_chunk<T, Packed>(e.columns, [&](i64 start, i64 left, auto part) {
+        place.for_each_chunk<T, false>(e.columns, [&](i64 start, i64 left, auto part) {
             part.load(row + start, left, place.lane, x);
             double top = m;
             for (int i = 0; i < kPerLane; ++i) {
@@ -84,7 +85,7 @@ template <class T, bool Packed> __global__ void __launch_bounds__(kBlock, 1)
         row_sums(s, place);
         const i64 target = to_g == nullptr ? -1 : loss.target[r];
         const double even = loss.smoothing / n;
-        place.for_each_chunk<T, Packed>(e.columns, [&](i64 start, i64 left, auto part) {
+        place.for_each_chunk<T, false>(e.columns, [&](i64 start, i64 left, auto part) {
             part.load(row + start, left, place.lane, x);
             double y[kPerLane];
             for (int i = 0; i < kPerLane; ++i)
@@ -142,10 +143,7 @@ template <class T> Status softmax_gradient(Extent e, Rows<const T> z, const Cros
     const DeviceGuard guard(device);
     if (guard.error() != cudaSuccess)
         return status_of("softmax_gradient", guard.error());
-    with(aligned(e, z) && aligned(e, p) && aligned(e, g), [&](auto packed) {
-        auto kernel = gradient_kernel<T, decltype(packed)::value>;
-        FS_LAUNCH(kernel, row_blocks(e, launch), 1, launch.row_block, 0, stream, e, z, loss, p, g);
-    });
+    FS_LAUNCH(gradient_kernel<T>, row_blocks(e, launch), 1, launch.row_block, 0, stream, e, z, loss, p, g);
     return status_of("softmax_gradient", cudaGetLastError());
 }
 
