@@ -28,6 +28,9 @@ from fastsharp.ops.reference import mlp as reference_mlp
 if TYPE_CHECKING:
     from fastsharp.ops.mlp import Primal, Product
 
+# of `dual_linear`: out, (A, B), (C, D), b, alpha
+Paired = Callable[[Tensor | None, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int, float], Tensor]
+
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _KINDS = {"rademacher": 0, "normal": 1}
 
@@ -61,6 +64,7 @@ class Backend:
     probes: Callable[[str, int, int, Tensor], None]
     dual: Dual
     mlp: Callable[[Primal], tuple[Product, int]] = reference_mlp.mlp
+    paired: Paired | None = None  # None: torch's own products
 
     def takes(self, device: torch.device) -> bool:
         """True when tensors on this device can be handed to it."""

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastsharp.errors import InputError, KernelError, ShapeError
+from fastsharp.errors import InputError, ShapeError
 from fastsharp.ops import _registry, dual, force
-from tests.ops.cases import DTYPES, device_of, using
+from tests.ops.cases import DTYPES, VARIANTS, device_of, using
 from tests.ops.dual_cases import CURVES, SHAPES, check_activation, check_norm, check_softmax
-
-VARIANTS = ("reference", "cpu-scalar", "cpu-avx2", "cpu-avx512")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,8 +108,10 @@ def test_what_does_not_fit_is_refused() -> None:
         dual.softmax_gradient(x)
 
 
-def test_triton_says_that_it_has_no_dual_kernels() -> None:
-    if isinstance(_registry.available()["triton"], str):
-        pytest.skip("triton cannot run here")
-    with force("triton"), pytest.raises(KernelError, match="no Triton kernels"):
-        dual.softmax_product(torch.ones(1, 2), torch.ones(1, 1, 2), out=torch.ones(1, 1, 2))
+def test_one_pass_is_offered_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dual.fused(torch.ones(2)) and dual.fused(torch.ones(2).double())
+    assert not dual.fused(torch.ones(0)) and not dual.fused(torch.ones(2).half())
+    elsewhere = torch.ones(2, device="meta")  # in the place of a GPU: by the reference alone, then with a native module
+    assert not dual.fused(elsewhere)
+    monkeypatch.setitem(_registry.available(), "meta", replace(_registry.choose(torch.device("cpu")), name="cuda", device_types=("meta",)))
+    assert dual.fused(elsewhere)
