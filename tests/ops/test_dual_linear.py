@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,30 +11,19 @@ from torch import Tensor
 
 from fastsharp.ops import _registry, dual_linear, force
 from fastsharp.ops.dual_linear import Measured, gather
+from tests.ops.linear_cases import check_sums, sums
+from tests.ops.test_triton_mutants import altered
 from tests.ops.triton_cases import DEVICE, INTERPRETED
-from tests.tolerance import assert_close, eps, exact
 
-op = dual_linear.dual_linear
-SIZES = [(1, 1, 1, 1), (2, 5, 7, 3), (3, 70, 35, 66)]  # b, rows, inputs, outputs: beside and beyond one tile of the kernel
-
-
-def factors(
-    b: int, rows: int, inputs: int, outputs: int, dtype: torch.dtype
-) -> dict[str, tuple[Tensor | None, list[Tensor], list[Tensor]]]:
-    """out, (A, B), (C, D) of the tangent, the adjoint of x and, added to a part of something wider, that of W."""
-    g = torch.Generator().manual_seed(rows)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
-
-    x, W, y_g = normal(rows, inputs), normal(outputs, inputs), normal(rows, outputs)
-    x_t, W_t, y_gt = normal(b, rows, inputs), normal(b, outputs, inputs), normal(b, rows, outputs)
-    flat = normal(b, outputs * inputs + 5)
-    return {
-        "tangent": (None, [x, W_t.mT], [x_t, W.t()]),
-        "adjoint of x": (None, [y_gt, W], [y_g, W_t]),
-        "adjoint of W": (flat[:, 3:-2].view(b, outputs, inputs), [y_gt.mT, x], [y_g.t(), x_t]),
-    }
+SIZES = [(1, 1, 1, 1), (2, 5, 7, 3), (3, 70, 35, 66)]  # b, rows, inputs, outputs: inside and beyond one tile of the kernel
+MUTANTS = [  # what is written in the kernel, and the mistake
+    ("A + v * A_vector", "A"),
+    ("range(0, k, BK)", "range(0, BK, BK)"),
+    ("C + v * C_vector", "A + v * A_vector"),
+    ("acc *= ALPHA", "acc *= ALPHA * ALPHA"),
+    ("if ADD:", "if not ADD:"),
+    ("tile // rows * BN", "0 * BN"),
+]
 
 
 @pytest.mark.parametrize("alpha", [1.0, -0.5])
@@ -41,41 +31,42 @@ def factors(
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_products(size: tuple[int, int, int, int], backend: str, dtype: torch.dtype, alpha: float) -> None:
-    """Off by n + 2 roundings of the sum of moduli at most, and in half precision by one of the result for each call."""
     if backend == "triton":
         if isinstance(_registry.available()["triton"], str):
             pytest.skip("triton cannot run here")
         if dtype == torch.bfloat16 and INTERPRETED:
             pytest.skip("triton's interpreter multiplies the bits of bfloat16 matrices")
-    for name, (out, first, second) in factors(*size, dtype).items():
-        before = 0 if out is None else exact(out)
-        want, terms = before, abs(before)
-        for A, B in (first, second):
-            want = want + alpha * (exact(A) @ exact(B))
-            terms = terms + abs(alpha) * (abs(exact(A)) @ abs(exact(B)))
-        length = 2 * first[0].shape[-1]
-        with force("triton" if backend == "triton" else _registry.choose(DEVICE)):
-            got = op(out, (first[0], first[1]), (second[0], second[1]), alpha)
-        assert got is not None and (out is None or got is out)
-        inner = dtype if dtype == torch.float64 else torch.float32
-        rounding = 0.0 if dtype == inner else 2 * eps(dtype)
-        assert_close(got, want, (length + 2) * eps(inner) * terms + rounding * terms + 1e-30, f"{name} by {backend}")
+    with force("triton" if backend == "triton" else "reference"):
+        check_sums(*size, dtype, DEVICE, alpha)
+
+
+@pytest.mark.parametrize(("right", "wrong"), MUTANTS)
+def test_a_wrong_kernel_is_caught(right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if not INTERPRETED:
+        pytest.skip("a wrong kernel may write anywhere on a GPU")
+    from fastsharp.ops.triton import dual as column
+
+    monkeypatch.setattr(column, "product_kernels", altered(column, "product_kernels", right, wrong, tmp_path))
+    with force("triton"), pytest.raises(AssertionError):
+        check_sums(3, 70, 35, 66, torch.float32, DEVICE, -0.5)
 
 
 def test_torchs_path_is_two_calls_with_the_same_bits() -> None:
-    out, first, second = factors(2, 5, 7, 3, torch.float32)["adjoint of W"]
+    out, first, second = sums(2, 5, 7, 3, torch.float32, DEVICE)["adjoint of W"]
     assert out is not None
-    want = gather(gather(out.clone(), first[0], first[1], 2), second[0], second[1], 2)
+    want = gather(gather(out.clone(), *first, 2), *second, 2)
     with force("reference"):
-        assert torch.equal(want, op(out, (first[0], first[1]), (second[0], second[1])))  # type: ignore[arg-type]
+        got = dual_linear.dual_linear(out, first, second)
+    assert got is out and torch.equal(want, got)
 
 
 def test_a_missing_pair_is_zero() -> None:
-    _, _, second = factors(2, 5, 7, 3, torch.float64)["tangent"]
-    alone = op(None, None, (second[0], second[1]))
+    second = sums(2, 5, 7, 3, torch.float64, DEVICE)["tangent"][2]
+    alone = dual_linear.dual_linear(None, None, second)
     assert alone is not None
     torch.testing.assert_close(alone, second[0] @ second[1])
-    assert op(None, None, None) is None
+    assert dual_linear.dual_linear(None, None, None) is None
 
 
 def test_the_choice_is_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
