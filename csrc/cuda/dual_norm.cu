@@ -24,6 +24,19 @@ constexpr i64 kRowsOfShare = 16; // at least: partial sums are then an eighth of
 constexpr i64 kMaxShares = 512;
 constexpr i64 kStripTasks = 4096; // warps that fill the largest GPU
 
+// The two means along a row; zeros where there are none.
+struct Pair {
+    double mean = 0, along = 0;
+
+    __device__ Pair(double first, double second) : mean(first), along(second) {}
+    __device__ explicit Pair(const double* sums) {
+        if (sums != nullptr) {
+            mean = sums[0];
+            along = sums[1];
+        }
+    }
+};
+
 // What the lanes of a row have in common.
 struct RowStats {
     double mean, rstd, n;
@@ -31,12 +44,10 @@ struct RowStats {
     template <class T> __device__ RowStats(const Norm<T>& f, Extent e, i64 r)
         : mean(f.stats[2 * r]), rstd(f.stats[2 * r + 1]), n(static_cast<double>(e.columns)) {}
     template <class T> __device__ double normalised(T x) const { return (static_cast<double>(x) - mean) * rstd; }
-};
-
-struct Pair {
-    double mean = 0, along = 0;
-
-    __device__ explicit Pair(const double* sums) : mean(sums[0]), along(sums[1]) {}
+    // The tangent of h for that of x, whose means are s.
+    template <class T> __device__ double tangent(double h, T t, Pair s) const {
+        return (static_cast<double>(t) - s.mean - h * s.along) * rstd;
+    }
 };
 
 // Once for all products: without the variant for whole packs.
@@ -91,11 +102,10 @@ template <class T, bool Packed, bool Held> __global__ void __launch_bounds__(kBl
             }
         });
         row_sums(s, place);
-        const double mean = f.center ? s[0] / row.n : 0;
-        const double along = s[1] / row.n;
+        const Pair of_x(f.center ? s[0] / row.n : 0, s[1] / row.n);
         if (threadIdx.x == 0) {
-            sums[2 * (k * e.rows + r)] = mean;
-            sums[2 * (k * e.rows + r) + 1] = along;
+            sums[2 * (k * e.rows + r)] = of_x.mean;
+            sums[2 * (k * e.rows + r) + 1] = of_x.along;
         }
         if (out.data == nullptr)
             return;
@@ -111,7 +121,7 @@ template <class T, bool Packed, bool Held> __global__ void __launch_bounds__(kBl
             double y[kPerLane];
             for (int i = 0; i < kPerLane; ++i) {
                 const double h = row.normalised(x[i]);
-                const double h_t = (static_cast<double>(t[i]) - mean - h * along) * row.rstd;
+                const double h_t = row.tangent(h, t[i], of_x);
                 y[i] = h_t * static_cast<double>(w[i]) + static_cast<double>(slope[i]) * h + static_cast<double>(shift[i]);
             }
             part.store(at(out, k, r) + start, left, place.lane, y);
@@ -151,14 +161,8 @@ template <class T, bool Packed, bool Held, bool Second> __global__ void __launch
                 g += static_cast<double>(w_t[i]) * static_cast<double>(y_g[i]);
             return g;
         };
-        double x_mean = 0, x_along = 0, g_mean = 0, g_along = 0;
-        if constexpr (Second) {
-            x_mean = second.x_sums[pair];
-            x_along = second.x_sums[pair + 1];
-            g_mean = second.g_sums[2 * r];
-            g_along = second.g_sums[2 * r + 1];
-        }
-        const auto h_t = [&](int i, double h) { return (static_cast<double>(t[i]) - x_mean - h * x_along) * row.rstd; };
+        const Pair of_x(Second ? second.x_sums + pair : nullptr);
+        const Pair of_g(Second ? second.g_sums + 2 * r : nullptr);
         double s[Second ? 3 : 2] = {};
         place.for_each_chunk<T, Packed>(e.columns, [&](i64 start, i64 left, auto part) {
             read(start, left, part);
@@ -169,7 +173,7 @@ template <class T, bool Packed, bool Held, bool Second> __global__ void __launch
                 s[0] += g;
                 s[1] += h * g;
                 if constexpr (Second)
-                    s[2] += static_cast<double>(w[i]) * static_cast<double>(y_g[i]) * h_t(i, h);
+                    s[2] += static_cast<double>(w[i]) * static_cast<double>(y_g[i]) * row.tangent(h, t[i], of_x);
             }
         });
         row_sums(s, place);
@@ -190,8 +194,8 @@ template <class T, bool Packed, bool Held, bool Second> __global__ void __launch
                 const double h = row.normalised(x[i]);
                 double g = g_t(i) - mean - h * along;
                 if constexpr (Second) {
-                    const double projected = static_cast<double>(w[i]) * static_cast<double>(y_g[i]) - g_mean - h * g_along;
-                    g -= h * (s[2] / row.n) + h_t(i, h) * g_along + projected * (row.rstd * x_along);
+                    const double projected = static_cast<double>(w[i]) * static_cast<double>(y_g[i]) - of_g.mean - h * of_g.along;
+                    g -= h * (s[2] / row.n) + row.tangent(h, t[i], of_x) * of_g.along + projected * (row.rstd * of_x.along);
                 }
                 x_gt[i] = g * row.rstd;
             }
@@ -221,15 +225,13 @@ template <class T, bool Packed, bool Second> __global__ void __launch_bounds__(k
             for (int i = 0; i < kPerLane; ++i)
                 w_sum[i] += static_cast<double>(y_t[i]) * row.normalised(x[i]);
             if constexpr (Second) {
-                const Pair sums(second.x_sums + 2 * (k * e.rows + r));
+                const Pair of_x(second.x_sums + 2 * (k * e.rows + r));
                 T y_g[kPerLane];
                 T t[kPerLane];
                 part.load(at(second.y_g, 0, r) + start, left, lane, y_g);
                 load(part, at(second.x_t, k, r), start, left, lane, T(0), t);
-                for (int i = 0; i < kPerLane; ++i) {
-                    const double h_t = (static_cast<double>(t[i]) - sums.mean - row.normalised(x[i]) * sums.along) * row.rstd;
-                    w_sum[i] += static_cast<double>(y_g[i]) * h_t;
-                }
+                for (int i = 0; i < kPerLane; ++i)
+                    w_sum[i] += static_cast<double>(y_g[i]) * row.tangent(row.normalised(x[i]), t[i], of_x);
             }
         }
         double* to = partial + (share * e.b + k) * 2 * e.columns;
