@@ -28,6 +28,9 @@ from fastsharp.ops.reference import mlp as reference_mlp
 if TYPE_CHECKING:
     from fastsharp.ops.mlp import Primal, Product
 
+# of `dual_linear`: out, (A, B), (C, D), b, alpha
+Paired = Callable[[Tensor | None, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int, float], Tensor]
+
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _KINDS = {"rademacher": 0, "normal": 1}
 
@@ -61,6 +64,7 @@ class Backend:
     probes: Callable[[str, int, int, Tensor], None]
     dual: Dual
     mlp: Callable[[Primal], tuple[Product, int]] = reference_mlp.mlp
+    paired: Paired | None = None  # None: torch's own products
 
     def takes(self, device: torch.device) -> bool:
         """True when tensors on this device can be handed to it."""
@@ -172,8 +176,7 @@ def _native_backend(name: str, module: ModuleType) -> Backend:
     def mlp(primal: Primal) -> tuple[Product, int]:
         return native_mlp(module, primal) if name == "cpu" else reference_mlp.mlp_same_dtype(primal)
 
-    dual = _native_dual.ops(module, place) if name == "cpu" else _REFERENCE.dual  # no CUDA kernels of these yet: torch's own
-    return Backend(name, (name,), alpha, dots, update, combine, probes, dual, mlp)
+    return Backend(name, (name,), alpha, dots, update, combine, probes, _native_dual.ops(module, place), mlp)
 
 
 def _rows(t: Tensor | None, strides: int) -> tuple[int, ...]:

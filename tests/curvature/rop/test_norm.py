@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastsharp.curvature.rop.memory import Unrecorded
+from fastsharp.ops import dual
 from tests.curvature.rop.check import check_rule, part_of
 from tests.curvature.rop.subsets import Case, channels_last, check_case
 from tests.releases import torch_before
@@ -166,8 +167,6 @@ def test_channels_last_is_kept() -> None:
 
 def test_layer_norm_where_fused_passes_do_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formulas that serve other devices."""
-    from fastsharp.curvature.rop.rules import norm
-
-    monkeypatch.setattr(norm, "FUSED_DTYPES", ())
+    monkeypatch.setattr(dual, "fused", lambda t: False)
     for case in CASES[:5]:
         check_case(case)

@@ -24,8 +24,6 @@ aten = torch.ops.aten
 
 Tensor = torch.Tensor
 
-FUSED_DTYPES = (torch.float32, torch.float64)
-
 
 class RowNorm(Part):
     """Layer norm, or RMS norm without `center`, by the fused passes of `fastsharp.ops.dual`: one forward and one back for all b."""
@@ -115,7 +113,7 @@ def _rows(call: Call, eps: float, *positions: int, center: bool) -> Part | None:
     columns = math.prod(call.args[1])
     if x.numel() == 0 or any(t.dtype != x.dtype for t in call.inputs) or places.others:
         return None
-    if x.device.type == "cpu" and x.dtype in FUSED_DTYPES:
+    if dual.fused(x):
         return RowNorm(call, places, columns, eps, center)
     view = (x.numel() // columns, columns, 1)
     return ChannelNorm(call, places, view, mean=None, var=None, eps=eps, groups=1, samples=False, center=center)
