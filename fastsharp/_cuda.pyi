@@ -85,4 +85,19 @@ def probes_f32(kind: int, seed: int, first: int, out: int, ldo: int, b: int, n: 
 
 probes_f64 = probes_f32
 
+def mlp_tile_size_f32(net: tuple[int, ...]) -> int: ...
+
+mlp_tile_size_f64 = mlp_tile_size_f32
+
+def mlp_workspace_size_f32(net: tuple[int, ...], rows: int, device: int, stream: int) -> int: ...
+
+mlp_workspace_size_f64 = mlp_workspace_size_f32
+
+def mlp_product_f32(
+    net: tuple[int, ...], gauss: bool, cache: int, theta: int, rows: tuple[int, ...], work: int, device: int, stream: int
+) -> None: ...
+
+mlp_product_f64 = mlp_product_f32
+
 def workspace_size(E: int, b: int, n: int, j: int) -> int: ...
+def stub() -> int: ...

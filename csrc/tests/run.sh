@@ -37,6 +37,8 @@ for kind in asan tsan; do
     for source in "$csrc"/cuda/*.cu; do start $kind -O0 -x c++ -c "$source" -o "objects/cuda_$(basename "$source" .cu).$kind.o"; done
     start $kind -O0 -c "$here/test_krylov_cuda_host.cpp" -o objects/cuda_test.$kind.o
     start $kind -O0 -DFS_FLOAT_ALONE -c "$here/test_krylov_cuda_host.cpp" -o objects/float_test.$kind.o
+    start $kind -O0 -c "$here/test_mlp_cuda_host.cpp" -o objects/mlp_cuda_test.$kind.o
+    start $kind -O0 -DFS_FLOAT_ALONE -c "$here/test_mlp_cuda_host.cpp" -o objects/mlp_float_test.$kind.o
     start $kind -O0 "$here/planted.cpp" -o programs/planted.$kind
 done
 for job in "${started[@]}"; do wait "$job" || { echo "FAILED: a test does not compile"; exit 1; }; done
@@ -45,6 +47,7 @@ for kind in asan tsan; do
     # shellcheck disable=SC2086
     for test in krylov dual mlp; do compile $kind $kernels objects/cpu_test_${test}_cpu.$kind.o -o programs/test_${test}_cpu.$kind -ldl; done
     compile $kind objects/cuda_*.$kind.o -o programs/test_krylov_cuda_host.$kind
+    compile $kind objects/cuda_mlp.$kind.o objects/mlp_cuda_test.$kind.o -o programs/test_mlp_cuda_host.$kind
 done
 
 # Every check runs in the background and leaves one file of results; they are shown in order at the end.
@@ -83,8 +86,10 @@ mutant() { # what, expected text, kind, unit, file, sed script
     sed -i -E '/^FS_INSTANTIATE\((double|Half|BFloat16)/d' "$folder/$4.cu"
     compile "$3" -w -O0 -x c++ -c "$folder/$4.cu" -o "$folder/$4.o" || { echo "FAILED  $1: does not compile"; return; }
     source=$(printf '%s\n' objects/cuda_*."$3".o | grep -vE "/cuda_($4|test)\.") # the mutant comes first, so that its inline functions are the ones linked
+    local test=objects/float_test."$3".o
+    if [ "$4" = mlp ]; then test=objects/mlp_float_test."$3".o; fi
     # shellcheck disable=SC2086
-    compile "$3" "$folder/$4.o" $source objects/float_test."$3".o -o "$folder/program"
+    compile "$3" "$folder/$4.o" $source "$test" -o "$folder/program"
     caught "$2" "$1" "$3" "$folder/program"
 }
 
@@ -93,6 +98,7 @@ for kind in tsan asan; do
     result pass $kind test_krylov_cpu
     result pass $kind test_dual_cpu
     result pass $kind test_mlp_cpu
+    result pass $kind test_mlp_cuda_host
     result pass $kind planted sound
     result pass $kind planted early_return
 done
@@ -119,6 +125,13 @@ result mutant "one element beyond shared memory" "use-after-poison" asan combine
 result mutant "packs at any address" "misaligned address" asan update plan.cuh 's/% 16 == 0/% 4 == 0/'
 result mutant "w'w of vector 0 for all" "dots\[" asan dots dots.cu 's/square(x\[i\]/square(x[0]/'
 result mutant "members share a basis" "got" asan update update.cu 's/p.V + e \* p.V_member/p.V/'
+result mutant "a stage written too early" "data race" tsan mlp mlp.cu 's/__syncthreads(); \/\/ before the stage.*//'
+result mutant "classes summed without a barrier" "data race" tsan mlp mlp.cu '/void loss_hessian(/,/^}/s/^    __syncthreads();$//'
+result mutant "columns beyond a layer" "heap-buffer-overflow" asan mlp mlp.cu 's/if (row < rows && column < columns)/if (row < rows)/'
+result mutant "depth beyond a layer" "heap-buffer-overflow" asan mlp mlp.cu 's/ && k + d < term.depth/ || true/'
+result mutant "no curvature of the activation" "mlp\[" asan mlp mlp.cu 's/const bool curved = q.curved \&\& !gauss/const bool curved = false/'
+result mutant "slabs that overwrite each other" "mlp\[" asan mlp mlp.cu 's/rows.out_slab = q.n/rows.out_slab = 0/'
+result mutant "every row by the weights of net 0" "mlp\[" asan mlp mlp.cu 's/rows.theta + e \* q.n/rows.theta/'
 wait
 cat results/*
 if grep -qE "^(FAILED|MISSED)" results/*; then exit 1; fi
