@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastsharp.batches import tensors_of
-from fastsharp.curvature.backends import BACKENDS, MAKERS, candidates
+from fastsharp.curvature.backends import MAKERS, candidates
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
 from fastsharp.curvature.cuda_graph import recorder_of
 from fastsharp.curvature.kept import KeptSum, writable
@@ -56,15 +56,14 @@ class FiniteSum(SymmetricOperator):
         memory: str | int = "auto",
         seed: int = 0,
     ) -> None:
-        if backend not in BACKENDS:
-            raise InputError(f"backend={backend!r} is none of {', '.join(map(repr, BACKENDS))}.")
+        order = candidates(backend)
         self.objective = Objective(
             model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed
         )
         super().__init__(self.objective.selection.layout.n, self.objective.dtype, self.objective.device)
         self.preflight: dict[str, Any] = {"level": "off"}
         self._options = {"bn": bn, "dropout": dropout, "memory": memory}
-        self._candidates = candidates(backend)  # backends to be used, the first of them at present
+        self._candidates = order  # backends to be used, the first of them at present
         self._refusals: list[str] = []  # why an earlier candidate was left
         self._precision: str | None = None  # of cheap products; None: the parameters' dtype
         self._relatives: weakref.WeakSet[FiniteSum] = weakref.WeakSet()  # operators on this objective: they share its budget

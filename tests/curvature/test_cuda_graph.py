@@ -169,7 +169,9 @@ def test_batches_that_are_not_kept_are_not_captured(recorder: TapeRecorder) -> N
     assert recorder.captures == 0 and H.cuda_graph == ()
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("operation not permitted\nCUDA kernel errors might"), torch.OutOfMemoryError("no memory")])
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("operation not permitted\nCUDA kernel errors might"), torch.OutOfMemoryError("no memory")]
+)
 def test_a_failed_capture_leaves_eager_products_and_one_note(recorder: TapeRecorder, failure: Exception) -> None:
     recorder.failure = failure
     H = small()
@@ -186,7 +188,7 @@ def test_a_product_that_waits_for_the_device_is_not_replayed(recorder: TapeRecor
     H = small()
     V = vectors(H.n, 1, 0)
     first = H.apply(V)
-    made, scale = H._kept[0]
+    made, _ = H._kept[0]
     inner = made.add_products
 
     def waiting(V: torch.Tensor, out: torch.Tensor, scale: float) -> None:
