@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -46,6 +46,7 @@ _LADDER = tuple(10.0**-e for e in range(7))  # shares of the step on one sample
 _CANDIDATES = 8  # samples among which the one with the largest loss is taken: a saturated one tells nothing
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+Found = TypeVar("Found")
 
 
 def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator) -> tuple[float, bool]:
@@ -74,6 +75,12 @@ def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator
             return min(flat), True
         best = min(best, lowest)
     return best, False
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """||got - exact|| / ||exact||; of a product that is zero, ||got||."""
+    scale = float(exact.norm())
+    return float((got - exact).norm()) / (scale or 1.0)
 
 
 def _error(
@@ -151,16 +158,10 @@ class DoubleGradient:
     def rounding(self, v: torch.Tensor) -> float:
         """||A v - (A v in float64)|| / ||A v|| for the operator's own products: what the model's precision loses, on the same samples."""
         self.limit(_SAMPLES)
-        try:
-            exact = self.exact(v)
-        except RuntimeError as e:
-            if self._operator.backend != "rop" or not lacks_second_derivative(e):
-                raise
-            exact = self.by_engine(v)[0]
+        exact = self._or_by_engine(lambda: self.exact(v), lambda: self.by_engine(v)[0])
         own = torch.zeros(1, len(v), dtype=self._objective.dtype, device=v.device)
         self._operator.minibatch_products(self._single, self._key).products.add_products(v.to(own.dtype)[None], own, 1.0)
-        scale = float(exact.norm())
-        return float((own[0].double() - exact).norm()) / scale if scale else 0.0
+        return relative_error(own[0].double(), exact)
 
     def exact(self, v: torch.Tensor) -> torch.Tensor:
         """A v at the weights by autograd, for the matrix of the operator."""
@@ -199,12 +200,16 @@ class DoubleGradient:
 
     def product(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(H v, g) at theta, by the engine where it computes the products and torch has no second derivative."""
+        return self._or_by_engine(lambda: self._by_autograd(theta, v), lambda: (self.by_engine(v, theta=theta)[0], self.gradient(theta)))
+
+    def _or_by_engine(self, by_autograd: Callable[[], Found], by_engine: Callable[[], Found]) -> Found:
+        """By the engine where it computes the products and torch has no second derivative."""
         try:
-            return self._by_autograd(theta, v)
+            return by_autograd()
         except RuntimeError as e:
             if self._operator.backend != "rop" or not lacks_second_derivative(e):
                 raise
-        return self.by_engine(v, theta=theta)[0], self.gradient(theta)
+        return by_engine()
 
     def _by_autograd(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         leaves = [view.detach().requires_grad_() for view in self._layout.views(theta)]

@@ -140,8 +140,8 @@ class Recognised:
 
 def recognised(objective: Objective, index: Any, batch: Any) -> Recognised:
     """The plain net behind one evaluation of a batch, inside `objective.quiet()`; Unavailable with the reason where there is none."""
-    if objective.device.type != "cpu":
-        raise Unavailable(f"the native kernel runs on the CPU, the model is on {objective.device}")
+    if objective.device.type != "cpu" and not mlp.native(objective.device):
+        raise Unavailable(f"there is no native kernel for the model's device, {objective.device}, in this installation")
     params = tuple(objective.selection.params)
     trace = _Trace(tuple(objective.model.parameters()))
     with trace:
@@ -152,7 +152,7 @@ def recognised(objective: Objective, index: Any, batch: Any) -> Recognised:
 
 
 def mlp_products(request: Request) -> Made:
-    """Products of one batch of a plain fully connected net on the CPU; Unavailable with the reason elsewhere."""
+    """Products of one batch of a plain fully connected net; Unavailable with the reason elsewhere."""
     if request.bf16:
         raise Unavailable("bfloat16 products are autograd's")
     objective = request.objective
@@ -205,6 +205,7 @@ def _data(trace: _Trace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @final
 class _MlpProducts(BatchProducts):
     plain = True
+    uncapturable = "the native kernel takes a batch in one launch or two"
 
     def __init__(self, prepared: mlp.Prepared, gauss: bool, offsets: tuple[int, ...]) -> None:
         self._prepared, self._gauss = prepared, gauss
