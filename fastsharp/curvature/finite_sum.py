@@ -30,6 +30,11 @@ from fastsharp.objective import Objective
 from fastsharp.operator import BF16_NOISE, TF32_NOISE, SymmetricOperator
 from fastsharp.params import ParamLayout, Selector
 
+def preflight_notes(outcome: dict[str, Any]) -> tuple[str, ...]:
+    """What a result says of its preflight."""
+    return (*outcome.get("notes", ()), *(("unchecked: preflight='off'",) if outcome["level"] == "off" else ()))
+
+
 _NOISE = {"bf16": BF16_NOISE, "tf32": TF32_NOISE}
 Own = TypeVar("Own", bound="FiniteSum")
 
@@ -152,10 +157,7 @@ class FiniteSum(SymmetricOperator):
             notes.append(
                 f"{len(self._kept)} batches kept their graph; the others exceed the memory budget and are recomputed in every product"
             )
-        notes.extend(self.preflight.get("notes", ()))
-        if self.preflight["level"] == "off":
-            notes.append("unchecked: preflight='off'")
-        return tuple(notes)
+        return (*notes, *preflight_notes(self.preflight))
 
     @property
     def settings(self) -> dict[str, Any]:
