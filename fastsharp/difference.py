@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 DIFFERENCE_GATE = 1e-5  # of ||Hv||: healthy networks stay below 5e-10, the weakest planted fault was 1.4e-2
 _SAMPLES = 32
-_STEP = 1e-6  # of max(1, ||theta||)
+STEP = 1e-6  # of max(1, ||theta||)
 _BESIDE = 1e-4  # of max(1, ||theta||): 100 times the largest step, 0.01 % of a typical weight
 _AGREE = 0.3  # errors of two steps closer than this share of their norm are one and the same fault
 _ATTEMPTS = ((1.0, _SAMPLES, False), (0.1, _SAMPLES, False), (0.1, 4, True))  # share of the step, samples, beside the weights
@@ -56,14 +56,14 @@ def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator
     beside = double.theta + _BESIDE * size / float(aside.norm()) * aside
     best = float("inf")
     for shrink, samples, moved in _ATTEMPTS:
-        found = _error(double, beside if moved else double.theta, v, _STEP * size * shrink, lambda count=samples: double.limit(count))  # type: ignore[misc]
+        found = _error(double, beside if moved else double.theta, v, STEP * size * shrink, lambda count=samples: double.limit(count))  # type: ignore[misc]
         best = min(best, best if found is None else found[0])
         if best <= DIFFERENCE_GATE:
             return best, False
     chosen = double.hardest(_CANDIDATES)
     rungs = []
     for shrink in _LADDER:
-        found = _error(double, beside, v, _STEP * size * shrink, lambda: double.limit(1, chosen))
+        found = _error(double, beside, v, STEP * size * shrink, lambda: double.limit(1, chosen))
         if found is not None:
             rungs.append(found)
             if found[0] <= DIFFERENCE_GATE:
@@ -93,13 +93,18 @@ def _error(
         E = (double.gradient(point + h * v) - double.gradient(point - h * v)) / (2 * h) - Hv
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
-    error, scale, slope = float(E.norm()), float(Hv.norm()), float(g.norm())
+    error, scale, slope = E.norm(), Hv.norm(), g.norm()
     if not error < float("inf") or scale == slope == 0.0:
         return None
+    return float(share(error, scale, slope, h)), E
+
+
+def share(error: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, h: float | torch.Tensor) -> torch.Tensor:
+    """||E|| / ||Hv|| from ||E||, ||Hv|| and ||g||, entry by entry; at most the gate where rounding of g is all that can be seen."""
     # a gradient that hardly depends on the weights leaves rounding to compare with; below 1e-9 of it nothing can be said
-    unseen = error <= min(128 * torch.finfo(torch.float64).eps * slope / h, 1e-9 * slope)
-    share = error / scale if scale else float("inf")
-    return (min(share, DIFFERENCE_GATE) if unseen else share), E
+    unseen = error <= torch.minimum(128 * torch.finfo(torch.float64).eps * slope / h, 1e-9 * slope)
+    found = torch.where(scale > 0.0, error / scale, torch.inf)
+    return torch.where(unseen, found.clamp(max=DIFFERENCE_GATE), found)
 
 
 class DoubleGradient:

@@ -32,6 +32,11 @@ from fastsharp.objective import Objective
 from fastsharp.operator import BF16_NOISE, TF32_NOISE, SymmetricOperator
 from fastsharp.params import ParamLayout, Selector
 
+def preflight_notes(outcome: dict[str, Any]) -> tuple[str, ...]:
+    """What a result says of its preflight."""
+    return (*outcome.get("notes", ()), *(("unchecked: preflight='off'",) if outcome["level"] == "off" else ()))
+
+
 _NOISE = {"bf16": BF16_NOISE, "tf32": TF32_NOISE}
 Own = TypeVar("Own", bound="FiniteSum")
 
@@ -160,10 +165,7 @@ class FiniteSum(SymmetricOperator):
             )
         if self._sum is not None and self._sum.refusal:
             notes.append(f"products without a CUDA graph: {self._sum.refusal}")
-        notes.extend(self.preflight.get("notes", ()))
-        if self.preflight["level"] == "off":
-            notes.append("unchecked: preflight='off'")
-        return tuple(notes)
+        return (*notes, *preflight_notes(self.preflight))
 
     @property
     def settings(self) -> dict[str, Any]:
