@@ -112,7 +112,9 @@ def _against_autograd(together: MlpEnsemble, v: torch.Tensor, Hv: torch.Tensor) 
     rounding = _relative(own, exact)
     engine = rounding
     if bool((rounding > OWN_GATE).any()):  # kinks and cancellation: the same arithmetic tells whether it is more
-        engine = torch.minimum(rounding, _relative(own, StackGradient(stack, samples, together.dtype).product(unit, gauss=together.gauss)[0]))
+        engine = torch.minimum(
+            rounding, _relative(own, StackGradient(stack, samples, together.dtype).product(unit, gauss=together.gauss)[0])
+        )
     columns = {"engine": engine.tolist(), "rounding": rounding.tolist()}
     if not together.gauss:
         h = STEP * double.theta.norm(dim=1).clamp_min(1.0)

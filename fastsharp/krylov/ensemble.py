@@ -165,9 +165,7 @@ class _Run:
                 self.on_step(self.n_matvec, tuple(wanted.tolist()), float(request.max_iter * self.together.E))
         self._now = None
 
-    def _keep(
-        self, group: Group, members: list[int], place: int, run: int, theta: torch.Tensor, S: torch.Tensor, *, settled: bool
-    ) -> None:
+    def _keep(self, group: Group, members: list[int], place: int, run: int, theta: torch.Tensor, S: torch.Tensor, *, settled: bool) -> None:
         """Note the wanted pairs of a run that is over; its basis is not needed any more."""
         chosen = select(theta, self.request.which, self.request.k)
         e, block = members[run], group.blocks[run]
