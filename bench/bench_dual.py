@@ -5,12 +5,16 @@
 
 The eager variants reuse every primal quantity, write in place where they can, and take all b vectors in one call. Absolute times are
 nobody's business: ratios within one interleaved run are.
+
+Sums of two products are timed by torch and, on a GPU, by the Triton kernel. A GPU, dtype and size where the kernel is at least 1.1 times as
+fast in all three products is a row of fastsharp/ops/dual_linear.py; until then torch computes them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +22,10 @@ import torch
 from torch import Tensor
 
 from bench import harness, roofline
-from fastsharp.ops import _registry, dual
+from fastsharp.ops import _registry, dual, force
+from fastsharp.ops.dual_linear import dual_linear
 from tests.ops.dual_cases import check_activation, check_norm, check_softmax
+from tests.ops.linear_cases import check_sums
 
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 REPS = int(os.environ.get("FASTSHARP_BENCH_REPS", "9"))
@@ -36,8 +42,7 @@ def no_grad() -> Iterator[None]:
 @pytest.mark.parametrize("b", [1, 8])
 @pytest.mark.parametrize(("rows", "columns"), [(1000, 100), (4160, 192), (4096, 1024)])
 def test_norm(benchmark: Any, rows: int, columns: int, b: int, device: torch.device) -> None:
-    with torch.enable_grad():
-        check_norm(True, 2, 7, 33, torch.float32, device)
+    _verify(device, lambda: check_norm(True, 2, 7, 33, torch.float32, device))
     rows = min(rows, 50) if SMOKE else rows
     x, y_g, w = _normal(device, rows, columns), _normal(device, rows, columns), _normal(device, columns)
     x_t, y_gt, out = (_normal(device, b, rows, columns) for _ in range(3))
@@ -78,15 +83,14 @@ def test_norm(benchmark: Any, rows: int, columns: int, b: int, device: torch.dev
         ),
         harness.Variant("eager adjoint", eager_adjoint, size * (2 + 3 * b)),
     ]
-    _report(benchmark, "norm", variants, x, b, device)
+    _report(benchmark, "norm", _with_twins(variants, device), x, b, device)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("b", [1, 8])
 @pytest.mark.parametrize(("rows", "columns"), [(1000, 100), (4096, 512)])
 def test_activation(benchmark: Any, rows: int, columns: int, b: int, device: torch.device) -> None:
-    with torch.enable_grad():
-        check_activation("gelu", 2, 7, 33, torch.float32, device)
+    _verify(device, lambda: check_activation("gelu", 2, 7, 33, torch.float32, device))
     rows = min(rows, 50) if SMOKE else rows
     d1, q = _normal(device, rows, columns), _normal(device, rows, columns)
     x_t, y_gt, out = (_normal(device, b, rows, columns) for _ in range(3))
@@ -105,15 +109,14 @@ def test_activation(benchmark: Any, rows: int, columns: int, b: int, device: tor
             "eager adjoint and bias", lambda: bias_gt.add_(torch.mul(y_gt, d1, out=out).addcmul_(q, x_t).sum(1)), size * (2 + 3 * b)
         ),
     ]
-    _report(benchmark, "activation", variants, d1, b, device)
+    _report(benchmark, "activation", _with_twins(variants, device), d1, b, device)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("b", [1, 8])
 @pytest.mark.parametrize(("rows", "columns"), [(1024, 10), (2048, 1000), (64, 50257)])
 def test_softmax(benchmark: Any, rows: int, columns: int, b: int, device: torch.device) -> None:
-    with torch.enable_grad():
-        check_softmax(2, 7, 33, torch.float32, device)
+    _verify(device, lambda: check_softmax(2, 7, 33, torch.float32, device))
     rows = min(rows, 5) if SMOKE else rows
     p, weight = torch.softmax(_normal(device, rows, columns), 1), torch.rand(rows, device=device)
     u, out = _normal(device, b, rows, columns), _normal(device, b, rows, columns)
@@ -127,7 +130,58 @@ def test_softmax(benchmark: Any, rows: int, columns: int, b: int, device: torch.
         harness.Variant("softmax_product", lambda: dual.softmax_product(p, u, weight=weight, out=out), size * (1 + 2 * b)),
         harness.Variant("eager product", eager, size * (1 + 2 * b)),
     ]
-    _report(benchmark, "softmax", variants, p, b, device)
+    _report(benchmark, "softmax", _with_twins(variants, device), p, b, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("b", [1, 8])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1000, 256, 256), (4096, 768, 3072)])
+def test_linear(benchmark: Any, rows: int, inputs: int, outputs: int, b: int, device: torch.device, dtype: torch.dtype) -> None:
+    if device.type == "cpu" and (dtype != torch.float32 or rows > 1000):
+        pytest.skip("one way to compute it on a CPU: one size says what it costs")
+    _verify(device, lambda: check_sums(3, 70, 35, 66, dtype, device))
+    rows = min(rows, 50) if SMOKE else rows
+    x, W, y_g = (_normal(device, *s).to(dtype) for s in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    x_t, W_t, y_gt = (_normal(device, b, *s).to(dtype) for s in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    W_gt = torch.zeros(b, outputs, inputs, device=device, dtype=dtype)
+    products: dict[str, Callable[[], Tensor | None]] = {
+        "tangent": lambda: dual_linear(None, (x, W_t.mT), (x_t, W.t())),
+        "adjoint of x": lambda: dual_linear(None, (y_gt, W), (y_g, W_t)),
+        "adjoint of W": lambda: dual_linear(W_gt, (y_gt.mT, x), (y_g.t(), x_t)),
+    }
+    entries = {"tangent": rows * outputs, "adjoint of x": rows * inputs, "adjoint of W": inputs * outputs}
+    read = rows * inputs + inputs * outputs + rows * outputs
+    variants = []
+    for name, run in products.items():
+        size = dtype.itemsize * (1 + b) * (read - entries[name]) + dtype.itemsize * b * entries[name]
+        variants.append(harness.Variant(f"{name} by torch", run, size, {"dtype": str(dtype), "outputs": outputs}))
+        if _has_twins(device):
+            variants.append(harness.Variant(f"{name} by kernel", partial(_by_kernel, run), size, {"dtype": str(dtype), "outputs": outputs}))
+    _report(benchmark, f"linear {dtype}", variants, x, b, device)
+
+
+def _by_kernel(run: Callable[[], Any]) -> Any:
+    with force("triton"):
+        return run()
+
+
+def _has_twins(device: torch.device) -> bool:
+    return device.type == "cuda" and isinstance(_registry.available()["triton"], _registry.Backend)
+
+
+def _with_twins(variants: list[harness.Variant], device: torch.device) -> list[harness.Variant]:
+    """On a GPU also the Triton twins of our ops."""
+    ours = [v for v in variants if not v.name.startswith("eager")] if _has_twins(device) else []
+    return variants + [harness.Variant(f"{v.name} (triton)", partial(_by_kernel, v.run), v.bytes) for v in ours]
+
+
+def _verify(device: torch.device, check: Callable[[], None]) -> None:
+    """The checker of the tests, on everything that is timed."""
+    with torch.enable_grad():
+        check()
+        if _has_twins(device):
+            _by_kernel(check)
 
 
 def _normal(device: torch.device, *shape: int) -> Tensor:

@@ -85,4 +85,103 @@ def probes_f32(kind: int, seed: int, first: int, out: int, ldo: int, b: int, n: 
 
 probes_f64 = probes_f32
 
+def activation_prepare_f32(
+    curve: tuple[int, float, float, float],
+    sizes: tuple[int, ...],
+    x: tuple[int, ...],
+    bias: int,
+    d1: tuple[int, ...],
+    d2: tuple[int, ...],
+    device: int,
+    stream: int,
+) -> None: ...
+def activation_tangent_f32(
+    sizes: tuple[int, ...],
+    d1: tuple[int, ...],
+    x_t: tuple[int, ...],
+    bias_t: tuple[int, ...],
+    out: tuple[int, ...],
+    device: int,
+    stream: int,
+) -> None: ...
+def activation_adjoint_f32(
+    sizes: tuple[int, ...],
+    d1: tuple[int, ...],
+    y_gt: tuple[int, ...],
+    q: tuple[int, ...],
+    a_t: tuple[int, ...],
+    out: tuple[int, ...],
+    bias_gt: tuple[int, ...],
+    work: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def norm_prepare_f32(
+    sizes: tuple[int, ...], x: tuple[int, ...], eps: float, center: bool, stats: int, device: int, stream: int
+) -> None: ...
+def norm_tangent_f32(
+    sizes: tuple[int, ...],
+    norm: tuple[tuple[int, ...], int, int, bool],
+    x_t: tuple[int, ...],
+    w_t: tuple[int, ...],
+    bias_t: tuple[int, ...],
+    out: tuple[int, ...],
+    sums: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def norm_adjoint_f32(
+    sizes: tuple[int, ...],
+    norm: tuple[tuple[int, ...], int, int, bool],
+    y_gt: tuple[int, ...],
+    second: tuple[tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...]],
+    out: tuple[int, ...],
+    sums: int,
+    w_gt: tuple[int, ...],
+    bias_gt: tuple[int, ...],
+    work: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def softmax_gradient_f32(
+    sizes: tuple[int, ...],
+    z: tuple[int, ...],
+    target: int,
+    weight: int,
+    smoothing: float,
+    p: tuple[int, ...],
+    g: tuple[int, ...],
+    device: int,
+    stream: int,
+) -> None: ...
+def softmax_product_f32(
+    sizes: tuple[int, ...], p: tuple[int, ...], weight: int, u: tuple[int, ...], out: tuple[int, ...], device: int, stream: int
+) -> None: ...
+
+activation_prepare_f64 = activation_prepare_f32
+activation_tangent_f64 = activation_tangent_f32
+activation_adjoint_f64 = activation_adjoint_f32
+norm_prepare_f64 = norm_prepare_f32
+norm_tangent_f64 = norm_tangent_f32
+norm_adjoint_f64 = norm_adjoint_f32
+softmax_gradient_f64 = softmax_gradient_f32
+softmax_product_f64 = softmax_product_f32
+
+def activation_workspace(sizes: tuple[int, ...]) -> int: ...
+def norm_workspace(sizes: tuple[int, ...]) -> int: ...
+def mlp_tile_size_f32(net: tuple[int, ...]) -> int: ...
+
+mlp_tile_size_f64 = mlp_tile_size_f32
+
+def mlp_workspace_size_f32(net: tuple[int, ...], rows: int, device: int, stream: int) -> int: ...
+
+mlp_workspace_size_f64 = mlp_workspace_size_f32
+
+def mlp_product_f32(
+    net: tuple[int, ...], gauss: bool, cache: int, theta: int, rows: tuple[int, ...], work: int, device: int, stream: int
+) -> None: ...
+
+mlp_product_f64 = mlp_product_f32
+
 def workspace_size(E: int, b: int, n: int, j: int) -> int: ...
+def stub() -> int: ...

@@ -4,9 +4,9 @@
 #include "check.hpp"
 #include "dual.hpp"
 #include "fastsharp/krylov.hpp"
-#include "fastsharp/mlp.hpp"
 #include "fastsharp/parallel.hpp"
 #include "fastsharp/simd.hpp"
+#include "mlp.hpp"
 
 #ifndef FASTSHARP_CUDA_STATUS // set by setup.py: what became of _cuda in the same build
 #define FASTSHARP_CUDA_STATUS "no record of the build"
@@ -69,99 +69,40 @@ template <class S, class T> void basis(pybind11::module_& m, const std::string& 
           Release());
 }
 
-fs::MlpShape shape(i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n) {
-    return {layers, at<const i64>(widths), at<const i64>(weights), at<const i64>(biases), curved, static_cast<fs::MlpLoss>(loss), samples,
-            n};
-}
-
 template <class T> void mlp(pybind11::module_& m, const std::string& t) {
-    m.def(("mlp_tile_size_" + t).c_str(),
-          [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n) {
-              return k::mlp_tile_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n));
-          });
-    m.def(("mlp_workspace_size_" + t).c_str(), [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss,
-                                                  i64 samples, i64 n, i64 rows, int threads) {
-        return k::mlp_workspace_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n), rows, threads);
-    });
+    namespace f = fs::bindings;
+    m.def(("mlp_tile_size_" + t).c_str(), [](f::NetOf net) { return k::mlp_tile_size<T>(f::shape(net)); });
+    m.def(("mlp_workspace_size_" + t).c_str(),
+          [](f::NetOf net, i64 rows, int threads) { return k::mlp_workspace_size<T>(f::shape(net), rows, threads); });
     m.def(("mlp_product_" + t).c_str(),
-          [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n, bool gauss,
-             Address cache, Address theta, i64 rows, Address member, Address V, i64 V_row, Address out, i64 out_row, Address work,
-             int threads) {
-              const fs::MlpProduct<T> p{shape(layers, widths, weights, biases, curved, loss, samples, n),
-                                        gauss,
-                                        at<const T>(cache),
-                                        at<const T>(theta),
-                                        rows,
-                                        at<const i64>(member),
-                                        at<const T>(V),
-                                        V_row,
-                                        at<T>(out),
-                                        out_row};
-              check(k::mlp_product(p, at<T>(work), threads));
+          [](f::NetOf net, bool gauss, Address cache, Address theta, f::MemberRows rows, Address work, int threads) {
+              check(k::mlp_product(f::product<T>(net, gauss, cache, theta, rows), at<T>(work), threads));
           },
           Release());
 }
 
-template <class T> void duals(pybind11::module_& m, const std::string& t) {
-    namespace f = fs::bindings;
-    m.def(("activation_prepare_" + t).c_str(),
-          [](f::CurveOf curve, f::Sizes e, f::Matrix x, Address bias, f::Matrix d1, f::Matrix d2, int threads) {
-              check(k::activation_prepare<T>(f::curve(curve), f::extent(e), f::rows<const T>(x), at<const T>(bias), f::rows<T>(d1),
-                                             f::rows<T>(d2), threads));
-          },
-          Release());
-    m.def(("activation_tangent_" + t).c_str(),
-          [](f::Sizes e, f::Matrix d1, f::Stack x_t, f::Vectors bias_t, f::Stack out, int threads) {
-              check(k::activation_tangent<T>(f::extent(e), f::rows<const T>(d1), f::stack<const T>(x_t), f::columns<const T>(bias_t),
-                                             f::stack<T>(out), threads));
-          },
-          Release());
-    m.def(("activation_adjoint_" + t).c_str(),
-          [](f::Sizes e, f::Matrix d1, f::Stack y_gt, f::Matrix q, f::Stack a_t, f::Stack out, f::Vectors bias_gt, Address work,
-             int threads) {
-              check(k::activation_adjoint<T>(f::extent(e), f::rows<const T>(d1), f::stack<const T>(y_gt), f::rows<const T>(q),
-                                             f::stack<const T>(a_t), f::stack<T>(out), f::columns<T>(bias_gt), at<double>(work), threads));
-          },
-          Release());
-    m.def(("norm_prepare_" + t).c_str(),
-          [](f::Sizes e, f::Matrix x, double eps, bool center, Address stats, int threads) {
-              check(k::norm_prepare<T>(f::extent(e), f::rows<const T>(x), eps, center, at<double>(stats), threads));
-          },
-          Release());
-    m.def(("norm_tangent_" + t).c_str(),
-          [](f::Sizes e, f::NormOf norm, f::Stack x_t, f::Vectors w_t, f::Vectors bias_t, f::Stack out, Address sums, int threads) {
-              check(k::norm_tangent<T>(f::extent(e), f::norm<T>(norm), f::stack<const T>(x_t), f::columns<const T>(w_t),
-                                       f::columns<const T>(bias_t), f::stack<T>(out), at<double>(sums), threads));
-          },
-          Release());
-    m.def(("norm_adjoint_" + t).c_str(),
-          [](f::Sizes e, f::NormOf norm, f::Stack y_gt, f::SecondOf second, f::Stack out, Address sums, f::Vectors w_gt, f::Vectors bias_gt,
-             Address work, int threads) {
-              check(k::norm_adjoint<T>(f::extent(e), f::norm<T>(norm), f::stack<const T>(y_gt), f::second<T>(second), f::stack<T>(out),
-                                       at<double>(sums), {f::columns<T>(w_gt), f::columns<T>(bias_gt)}, at<double>(work), threads));
-          },
-          Release());
-    m.def(("softmax_gradient_" + t).c_str(),
-          [](f::Sizes e, f::Matrix z, Address target, Address weight, double smoothing, f::Matrix p, f::Matrix g, int threads) {
-              check(k::softmax_gradient<T>(f::extent(e), f::rows<const T>(z), {at<const i64>(target), at<const T>(weight), smoothing},
-                                           f::rows<T>(p), f::rows<T>(g), threads));
-          },
-          Release());
-    m.def(("softmax_product_" + t).c_str(),
-          [](f::Sizes e, f::Matrix p, Address weight, f::Stack u, f::Stack out, int threads) {
-              check(k::softmax_product<T>(f::extent(e), f::rows<const T>(p), at<const T>(weight), f::stack<const T>(u), f::stack<T>(out),
-                                          threads));
-          },
-          Release());
-}
+template <class T> struct Duals {
+    static constexpr auto activation_prepare = k::activation_prepare<T>;
+    static constexpr auto activation_tangent = k::activation_tangent<T>;
+    static constexpr auto activation_adjoint = k::activation_adjoint<T>;
+    static constexpr auto norm_prepare = k::norm_prepare<T>;
+    static constexpr auto norm_tangent = k::norm_tangent<T>;
+    static constexpr auto norm_adjoint = k::norm_adjoint<T>;
+    static constexpr auto softmax_gradient = k::softmax_gradient<T>;
+    static constexpr auto softmax_product = k::softmax_product<T>;
+
+    template <class Kernel, class... Args> static fs::Status run(fs::Extent, int threads, Kernel kernel, Args... args) {
+        return kernel(args..., threads);
+    }
+};
 
 } // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     vectors<float>(m, "f32");
     vectors<double>(m, "f64");
-    duals<float>(m, "f32");
-    duals<double>(m, "f64");
+    fs::bindings::duals<float, Duals<float>, int>(m, "f32");
+    fs::bindings::duals<double, Duals<double>, int>(m, "f64");
     basis<float, float>(m, "f32");
     basis<double, double>(m, "f64");
     basis<fs::Half, float>(m, "f16");
@@ -176,4 +117,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("set_simd", [](const char* level) { return fs::set_simd(level); });
     m.def("cuda_status", [] { return FASTSHARP_CUDA_STATUS; });
     m.def("openmp", [] { return fs::openmp().path; });
+    m.def("stub", [] { return FASTSHARP_STUB; });
 }

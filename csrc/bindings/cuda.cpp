@@ -2,7 +2,9 @@
 #include <string>
 
 #include "check.hpp"
+#include "dual.hpp"
 #include "fastsharp/krylov.hpp"
+#include "mlp.hpp"
 
 namespace fs = fastsharp;
 namespace k = fastsharp::cuda;
@@ -61,6 +63,33 @@ template <class S, class T> void basis(pybind11::module_& m, const std::string& 
           Release());
 }
 
+template <class T> struct Duals {
+    static constexpr auto activation_prepare = k::activation_prepare<T>;
+    static constexpr auto activation_tangent = k::activation_tangent<T>;
+    static constexpr auto activation_adjoint = k::activation_adjoint<T>;
+    static constexpr auto norm_prepare = k::norm_prepare<T>;
+    static constexpr auto norm_tangent = k::norm_tangent<T>;
+    static constexpr auto norm_adjoint = k::norm_adjoint<T>;
+    static constexpr auto softmax_gradient = k::softmax_gradient<T>;
+    static constexpr auto softmax_product = k::softmax_product<T>;
+
+    template <class Kernel, class... Args> static fs::Status run(fs::Extent e, int device, Address stream, Kernel kernel, Args... args) {
+        return kernel(args..., k::RowLaunch::of(e), device, at<void>(stream));
+    }
+};
+
+template <class T> void mlp(pybind11::module_& m, const std::string& t) {
+    namespace f = fs::bindings;
+    m.def(("mlp_tile_size_" + t).c_str(), [](f::NetOf net) { return k::mlp_tile_size<T>(f::shape(net)); });
+    m.def(("mlp_workspace_size_" + t).c_str(),
+          [](f::NetOf net, i64 rows, int, Address) { return k::mlp_workspace_size<T>(f::shape(net), rows, {}); });
+    m.def(("mlp_product_" + t).c_str(),
+          [](f::NetOf net, bool gauss, Address cache, Address theta, f::MemberRows rows, Address work, int device, Address stream) {
+              check(k::mlp_product(f::product<T>(net, gauss, cache, theta, rows), at<T>(work), {}, device, at<void>(stream)));
+          },
+          Release());
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -70,5 +99,18 @@ PYBIND11_MODULE(_cuda, m) {
     basis<double, double>(m, "f64");
     basis<fs::Half, float>(m, "f16");
     basis<fs::BFloat16, float>(m, "bf16");
+    fs::bindings::duals<float, Duals<float>, int, Address>(m, "f32");
+    fs::bindings::duals<double, Duals<double>, int, Address>(m, "f64");
+    m.def("activation_workspace", [](fs::bindings::Sizes sizes) {
+        const fs::Extent e = fs::bindings::extent(sizes);
+        return k::activation_workspace(e, k::RowLaunch::of(e));
+    });
+    m.def("norm_workspace", [](fs::bindings::Sizes sizes) {
+        const fs::Extent e = fs::bindings::extent(sizes);
+        return k::norm_workspace(e, k::RowLaunch::of(e));
+    });
+    mlp<float>(m, "f32");
+    mlp<double>(m, "f64");
     m.def("workspace_size", [](i64 E, i64 b, i64 n, i64 j) { return k::workspace_size(LaunchConfig::of(n), E, b, j); });
+    m.def("stub", [] { return FASTSHARP_STUB; });
 }

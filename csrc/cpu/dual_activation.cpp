@@ -54,19 +54,6 @@ template <class F> void for_each_piece(Extent e, int threads, F f) {
     });
 }
 
-template <class T> bool dense(Extent e, Rows<T> m, bool stack) {
-    return m.data == nullptr || ((e.rows == 1 || m.row == e.columns) && (!stack || e.b == 1 || m.vector == e.rows * e.columns));
-}
-
-// Without a bias the columns mean nothing: dense rows are one long row, free of short ends.
-template <class T> Extent joined(Extent e, const void* bias, Rows<T> primal, Rows<T> second, Rows<T> t, Rows<T> t2, Rows<T> out) {
-    const bool whole = bias == nullptr && dense(e, primal, false) && dense(e, second, false) && dense(e, t, true) && dense(e, t2, true) &&
-                       dense(e, out, true);
-    return whole ? Extent{e.b, 1, e.rows * e.columns} : e;
-}
-
-template <class T> Rows<const T> read(Rows<T> m) { return {m.data, m.vector, m.row}; }
-
 } // namespace
 
 i64 activation_workspace(Extent e) { return RowTasks(e).count * e.b * e.columns; }

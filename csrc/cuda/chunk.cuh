@@ -43,6 +43,10 @@ template <int P> __device__ inline i64 position(int lane, int k) { return static
 // Access of a lane to its part of a chunk laid out in packs of P. Whole: the chunk lies below n and all addresses are multiples
 // of 16 bytes, so that packs move as one. Otherwise `left` elements are there; beyond them zeros are loaded, nothing is stored.
 template <int P, bool Whole> struct Part {
+    // The position in the chunk of element k of a lane, and whether it is there.
+    static __device__ i64 place(int lane, int k) { return position<P>(lane, k); }
+    static __device__ bool has(i64 left, int lane, int k) { return Whole || position<P>(lane, k) < left; }
+
     template <class S, class T> static __device__ void load(const S* p, i64 left, int lane, T (&x)[kPerLane]) {
         if constexpr (Whole) {
             for (int k = 0; k < kPerLane; k += kPack<S>) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "fastsharp/krylov.hpp"
+#include "fastsharp/simd.hpp"
 #include "rounding.hpp"
 
 namespace fastsharp::test {
@@ -45,6 +46,18 @@ inline void close(double got, real want, real terms, double bound, const char* w
     const real allowed = static_cast<real>(bound) * terms + static_cast<real>(std::numeric_limits<double>::min());
     CHECK(std::fabs(static_cast<real>(got) - want) <= allowed, "%s[%lld]: got %.17g, expected %.17Lg, allowed error %.3Lg", what,
           static_cast<long long>(k), got, want, allowed);
+}
+
+// f() for every instruction set of this CPU.
+template <class F> void for_each_level(F f) {
+    for (const char* level : {"scalar", "avx2", "avx512"}) {
+        if (!set_simd(level)) {
+            std::printf("%s: not on this CPU\n", level);
+            continue;
+        }
+        f();
+        std::printf("%s: ok\n", level);
+    }
 }
 
 // A sum of products and of their moduli.

@@ -35,8 +35,10 @@ for kind in asan tsan; do
         start $kind ${level[$kind]} -c "$source" -o "objects/cpu_$(basename "$source" .cpp).$kind.o"
     done
     for source in "$csrc"/cuda/*.cu; do start $kind -O0 -x c++ -c "$source" -o "objects/cuda_$(basename "$source" .cu).$kind.o"; done
-    start $kind -O0 -c "$here/test_krylov_cuda_host.cpp" -o objects/cuda_test.$kind.o
-    start $kind -O0 -DFS_FLOAT_ALONE -c "$here/test_krylov_cuda_host.cpp" -o objects/float_test.$kind.o
+    for test in krylov dual mlp; do
+        start $kind -O0 -c "$here/test_${test}_cuda_host.cpp" -o objects/host_$test.$kind.o
+        start $kind -O0 -DFS_FLOAT_ALONE -c "$here/test_${test}_cuda_host.cpp" -o objects/float_$test.$kind.o
+    done
     start $kind -O0 "$here/planted.cpp" -o programs/planted.$kind
 done
 for job in "${started[@]}"; do wait "$job" || { echo "FAILED: a test does not compile"; exit 1; }; done
@@ -44,7 +46,10 @@ for kind in asan tsan; do
     kernels=$(printf '%s\n' objects/cpu_*.$kind.o | grep -v "/cpu_test_")
     # shellcheck disable=SC2086
     for test in krylov dual mlp; do compile $kind $kernels objects/cpu_test_${test}_cpu.$kind.o -o programs/test_${test}_cpu.$kind -ldl; done
-    compile $kind objects/cuda_*.$kind.o -o programs/test_krylov_cuda_host.$kind
+    # shellcheck disable=SC2086
+    for test in krylov dual mlp; do
+        compile $kind objects/cuda_*.$kind.o $kernels objects/host_$test.$kind.o -o programs/test_${test}_cuda_host.$kind -ldl
+    done
 done
 
 # Every check runs in the background and leaves one file of results; they are shown in order at the end.
@@ -75,24 +80,29 @@ planted() { caught "$1" "$3" "$2" "programs/planted.$2" "$3"; } # expected text,
 
 # A copy of the CUDA sources in which `sed` made a fault in one file; `unit` is compiled again, for float alone.
 mutant() { # what, expected text, kind, unit, file, sed script
-    local folder=mutants/${1// /_} source
+    local folder=mutants/${1// /_} source test
     mkdir "$folder"
     cp "$csrc"/cuda/* "$folder"
     sed -i "$6" "$folder/$5"
     if cmp -s "$folder/$5" "$csrc/cuda/$5"; then echo "FAILED  $1: '$6' does not apply to $5"; return; fi
     sed -i -E '/^FS_INSTANTIATE\((double|Half|BFloat16)/d' "$folder/$4.cu"
     compile "$3" -w -O0 -x c++ -c "$folder/$4.cu" -o "$folder/$4.o" || { echo "FAILED  $1: does not compile"; return; }
-    source=$(printf '%s\n' objects/cuda_*."$3".o | grep -vE "/cuda_($4|test)\.") # the mutant comes first, so that its inline functions are the ones linked
+    test=krylov
+    case $4 in dual_*) test=dual ;; mlp) test=mlp ;; esac
+    # the mutant comes first, so that its inline functions are the ones linked
+    source=$(printf '%s\n' objects/cuda_*."$3".o objects/cpu_*."$3".o | grep -vE "/(cuda_$4|cpu_test_.*)\.")
     # shellcheck disable=SC2086
-    compile "$3" "$folder/$4.o" $source objects/float_test."$3".o -o "$folder/program"
+    compile "$3" "$folder/$4.o" $source objects/float_$test."$3".o -o "$folder/program" -ldl
     caught "$2" "$1" "$3" "$folder/program"
 }
 
 for kind in tsan asan; do
     result pass $kind test_krylov_cuda_host
+    result pass $kind test_dual_cuda_host
     result pass $kind test_krylov_cpu
     result pass $kind test_dual_cpu
     result pass $kind test_mlp_cpu
+    result pass $kind test_mlp_cuda_host
     result pass $kind planted sound
     result pass $kind planted early_return
 done
@@ -118,7 +128,23 @@ result mutant "a row beyond the basis" "heap-buffer-overflow" asan update update
 result mutant "one element beyond shared memory" "use-after-poison" asan combine combine.cu 's/copy\[i\] =/copy[i + 1] =/'
 result mutant "packs at any address" "misaligned address" asan update plan.cuh 's/% 16 == 0/% 4 == 0/'
 result mutant "w'w of vector 0 for all" "dots\[" asan dots dots.cu 's/square(x\[i\]/square(x[0]/'
+result mutant "row sums without the first barrier" "data race" tsan dual_softmax_ce rows.cuh '/row_sums(/,/^}/s/^    __syncthreads();$//'
+result mutant "row sums without the last barrier" "data race" tsan dual_softmax_ce rows.cuh '/row_sums(/,/^}/s/^    __syncthreads(); .*//'
+result mutant "sums over shares without a barrier" "data race" tsan dual_activation rows.cuh '/add_partials_kernel(/,/^}/s/^        __syncthreads();$//'
+result mutant "one share too many" "heap-buffer-overflow" asan dual_norm rows.cuh 's/share < shares \&\&/share <= shares \&\&/'
+result mutant "one row too many" "heap-buffer-overflow" asan dual_activation dual_activation.cu 's/< e.rows ? (share + 1) \* each : e.rows/< e.rows ? (share + 1) * each : e.rows + 1/'
+result mutant "registers taken for the whole row" "room\[" asan dual_norm rows.cuh 's/e.columns <= kChunk \*/e.columns <= 4 * kChunk */'
+result mutant "an ignored row is read" "== gap" asan dual_softmax_ce dual_softmax_ce.cu 's/if (weight == 0)/if (weight < 0)/'
+result mutant "a sum that misses its rescaling" "room\[" asan dual_softmax_ce dual_softmax_ce.cu 's/s\[0\] \*= share_of(m, top);$/;/'
+result mutant "the second term without its mean" "room\[" asan dual_norm dual_norm.cu 's/ - s.mean - h \* s.along/ - h * s.along/'
 result mutant "members share a basis" "got" asan update update.cu 's/p.V + e \* p.V_member/p.V/'
+result mutant "a stage written too early" "data race" tsan mlp mlp.cu 's/__syncthreads(); \/\/ before the stage.*//'
+result mutant "classes summed without a barrier" "data race" tsan mlp mlp.cu '/void loss_hessian(/,/^}/s/^    __syncthreads();$//'
+result mutant "columns beyond a layer" "heap-buffer-overflow" asan mlp mlp.cu 's/if (row < rows && column < columns)/if (row < rows)/'
+result mutant "depth beyond a layer" "heap-buffer-overflow" asan mlp mlp.cu 's/ && k + d < term.depth/ || true/'
+result mutant "no curvature of the activation" "mlp\[" asan mlp mlp.cu 's/const bool curved = q.curved \&\& !gauss/const bool curved = false/'
+result mutant "slabs that overwrite each other" "mlp\[" asan mlp mlp.cu 's/rows.out_slab = q.n/rows.out_slab = 0/'
+result mutant "every row by the weights of net 0" "mlp\[" asan mlp mlp.cu 's/rows.theta + e \* q.n/rows.theta/'
 wait
 cat results/*
 if grep -qE "^(FAILED|MISSED)" results/*; then exit 1; fi

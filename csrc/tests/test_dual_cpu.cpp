@@ -1,50 +1,19 @@
 // The dual ops on the CPU under sanitizers: buffers of exactly the size that may be touched, outputs and gaps that start as NaN, every
 // instruction set, the same bits for any thread count. Values: derivatives and products against finite differences and plain sums in long
 // double; the whole formulas are tested against autograd in tests/ops/test_dual.py.
-#include <cstring>
-
-#include "check.hpp"
+#include "check_dual.hpp"
 #include "fastsharp/dual_activation.hpp"
 #include "fastsharp/dual_norm.hpp"
 #include "fastsharp/dual_softmax_ce.hpp"
-#include "fastsharp/simd.hpp"
 
 using namespace fastsharp;
+using test::at;
 using test::poisoned;
-using test::poisoned_as;
 using test::real;
+using test::Room;
+using test::same;
 
 namespace {
-
-std::size_t at(i64 i) { return static_cast<std::size_t>(i); }
-
-// (b, rows, columns) with `pad` NaN between rows; it ends with its last row.
-template <class T> struct Room {
-    i64 b, rows, columns, pad;
-    std::vector<T> data;
-
-    Room(Extent e, i64 gap, bool filled) : b(e.b), rows(e.rows), columns(e.columns), pad(gap) {
-        static test::Sequence next;
-        data = poisoned_as<T>(b * rows * (columns + pad) - pad);
-        for (i64 k = 0; filled && k < b * rows; ++k) {
-            for (i64 c = 0; c < columns; ++c)
-                data[at(k * (columns + pad) + c)] = static_cast<T>(next());
-        }
-    }
-    [[nodiscard]] Rows<T> view() { return {data.data(), rows * (columns + pad), columns + pad}; }
-    [[nodiscard]] Rows<const T> read() const { return {data.data(), rows * (columns + pad), columns + pad}; }
-    [[nodiscard]] double operator()(i64 k, i64 r, i64 c) const {
-        return static_cast<double>(data[at((k * rows + r) * (columns + pad) + c)]);
-    }
-    void check() const {
-        for (i64 i = 0; i < static_cast<i64>(data.size()); ++i)
-            CHECK(std::isnan(static_cast<double>(data[at(i)])) == (i % (columns + pad) >= columns), "entry %d", static_cast<int>(i));
-    }
-};
-
-template <class T> bool same(const std::vector<T>& x, const std::vector<T>& y) {
-    return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
-}
 
 template <class T> void check_activation(Extent e, i64 pad) {
     const Extent one{1, e.rows, e.columns};
@@ -179,13 +148,8 @@ template <class T> void all_sizes() {
 } // namespace
 
 int main() {
-    for (const char* level : {"scalar", "avx2", "avx512"}) {
-        if (!set_simd(level)) {
-            std::printf("%s: not on this CPU\n", level);
-            continue;
-        }
+    test::for_each_level([] {
         all_sizes<float>();
         all_sizes<double>();
-        std::printf("%s: ok\n", level);
-    }
+    });
 }

@@ -97,11 +97,7 @@ template <class T> void check_probes(i64 n) {
 } // namespace
 
 int main() {
-    for (const char* level : {"scalar", "avx2", "avx512"}) {
-        if (!set_simd(level)) {
-            std::printf("%s: not on this CPU\n", level);
-            continue;
-        }
+    test::for_each_level([] {
         for (const i64 n : {1, 7, 31, 257, 1025, 2049, 6007}) {
             for (const i64 j : {1, 2, 4, 9}) {
                 check<float, float>(1, 1, j, n, 3);
@@ -122,8 +118,7 @@ int main() {
         }
         check_probes<float>(70001);
         zero_coefficient_skips_its_term();
-        std::printf("%s: ok\n", level);
-    }
+    });
     CHECK(!set_simd("avx1024"), "an unknown instruction set was accepted");
     CHECK(!openmp().found(), "this test is to run on std::thread, but found %s", openmp().path.c_str());
 }

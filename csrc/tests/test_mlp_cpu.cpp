@@ -4,7 +4,6 @@
 
 #include "check.hpp"
 #include "fastsharp/mlp.hpp"
-#include "fastsharp/simd.hpp"
 
 using namespace fastsharp;
 
@@ -105,13 +104,8 @@ template <class T> void all() {
 } // namespace
 
 int main() {
-    for (const char* level : {"scalar", "avx2", "avx512"}) {
-        if (!set_simd(level)) {
-            std::printf("%s: not on this CPU\n", level);
-            continue;
-        }
+    test::for_each_level([] {
         all<float>();
         all<double>();
-        std::printf("%s: ok\n", level);
-    }
+    });
 }

@@ -9,9 +9,9 @@ columns); the last dimension contiguous, the others with any stride that keeps r
 `out` may be one of the tangents that are read, the very same tensor; otherwise nothing written may overlap what is read. None stands
 for a tangent of zero, or for a result that is not wanted. Gradients of weights and biases are added to what is there.
 
-Note on numerical properties. The CPU kernels compute norms and softmax in float64 between load and store and round each result once;
+Note on numerical properties. The kernels compute norms and softmax in float64 between load and store and round each result once;
 activations take their products in the dtype of the tensors, as torch does. Sums over rows run in float64, in an order fixed by the
-sizes: every result is bitwise repeatable and, on the CPU, independent of the thread count. On a GPU the reference runs.
+sizes: every result is bitwise repeatable, independent of the thread count on the CPU, and of b and the GPU on a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from fastsharp.ops import _border, _registry
 from fastsharp.ops import _dual_arguments as arguments
 from fastsharp.ops.reference.dual import Norm as Norm
 from fastsharp.ops.reference.dual import Second as Second
+
+
+def fused(t: Tensor) -> bool:
+    """True where these ops run as kernels of one pass on tensors like t: float32 or float64, not empty, on the CPU or on a GPU that has them."""
+    if t.dtype not in _border.VECTOR_DTYPES or t.numel() == 0:
+        return False
+    return t.is_cpu or _registry.choose(t.device).name != "reference"
 
 
 def activation_prepare(

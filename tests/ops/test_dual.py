@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastsharp.errors import InputError, KernelError, ShapeError
+from fastsharp.errors import InputError, ShapeError
 from fastsharp.ops import _registry, dual, force
-from tests.ops.cases import DTYPES, device_of, using
+from tests.ops.cases import DTYPES, VARIANTS, device_of, using
 from tests.ops.dual_cases import CURVES, SHAPES, check_activation, check_norm, check_softmax
-
-VARIANTS = ("reference", "cpu-scalar", "cpu-avx2", "cpu-avx512")
+from tests.ops.triton_cases import DEVICE
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,6 +69,33 @@ def test_bits_do_not_depend_on_threads(variant: str) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy in triton's interpreter
+@pytest.mark.parametrize("variant", [*VARIANTS[1:], "triton"])
+def test_bits_are_those_of_a_vector_alone(variant: str) -> None:
+    device = DEVICE if variant == "triton" else device_of(variant)
+    g = torch.Generator().manual_seed(0)
+    shapes = (20, 40), (20, 40), (3, 20, 40), (3, 20, 40)
+
+    def results(x: torch.Tensor, y_g: torch.Tensor, x_t: torch.Tensor, y_gt: torch.Tensor, ks: slice) -> list[torch.Tensor]:
+        t, g_t = x_t[ks].contiguous(), y_gt[ks].contiguous()
+        b = len(t)
+        stats, g_sums, sums = (torch.empty(*s, 20, 2, dtype=torch.float64, device=device) for s in ((), (1,), (b,)))
+        f = dual.Norm(x, y_g[0], dual.norm_prepare(x, eps=1e-5, center=True, stats=stats), True)
+        y_t, x_gt, a_gt, product = (torch.empty_like(t) for _ in range(4))
+        w_gt, bias_gt, total = (torch.zeros(b, 40, device=device) for _ in range(3))
+        dual.norm_adjoint(f, y_g[None], out=None, sums=g_sums)
+        dual.norm_tangent(f, t, out=y_t, sums=sums)
+        dual.norm_adjoint(f, g_t, second=dual.Second(y_g, g_sums, t, sums, None), out=x_gt, w_gt=w_gt, bias_gt=bias_gt)
+        dual.activation_adjoint(x, g_t, q=y_g, a_t=t, out=a_gt, bias_gt=total)
+        dual.softmax_product(torch.softmax(x, 1), t, out=product)
+        return [y_t, x_gt, w_gt, bias_gt, a_gt, total, product]
+
+    with using(variant):
+        xs = [torch.randn(*s, generator=g).to(device) for s in shapes]
+        for together, alone in zip(results(*xs, slice(0, 3)), results(*xs, slice(2, 3)), strict=True):
+            assert torch.equal(together[2], alone[0])
+
+
 def test_a_large_mean_costs_no_digits() -> None:
     """Row statistics are double: x = 1000 + noise is as exact as its float32 entries allow."""
     check_norm(True, 2, 20, 64, torch.float32, torch.device("cpu"), mean=1000.0)
@@ -110,8 +136,10 @@ def test_what_does_not_fit_is_refused() -> None:
         dual.softmax_gradient(x)
 
 
-def test_triton_says_that_it_has_no_dual_kernels() -> None:
-    if isinstance(_registry.available()["triton"], str):
-        pytest.skip("triton cannot run here")
-    with force("triton"), pytest.raises(KernelError, match="no Triton kernels"):
-        dual.softmax_product(torch.ones(1, 2), torch.ones(1, 1, 2), out=torch.ones(1, 1, 2))
+def test_one_pass_is_offered_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dual.fused(torch.ones(2)) and dual.fused(torch.ones(2).double())
+    assert not dual.fused(torch.ones(0)) and not dual.fused(torch.ones(2).half())
+    elsewhere = torch.ones(2, device="meta")  # in the place of a GPU: by the reference alone, then with a native module
+    assert not dual.fused(elsewhere)
+    monkeypatch.setitem(_registry.available(), "meta", replace(_registry.choose(torch.device("cpu")), name="cuda", device_types=("meta",)))
+    assert dual.fused(elsewhere)

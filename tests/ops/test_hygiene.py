@@ -96,7 +96,7 @@ def test_every_op_has_its_column() -> None:
 
 
 def test_every_dual_op_has_its_column() -> None:
-    """Reference, CPU module, tests and bench; CUDA and Triton have none of these yet."""
+    """Reference, CPU, CUDA and Triton columns, tests and bench."""
     texts = {
         p: (ROOT / p).read_text(encoding="utf-8") for p in ("tests/ops/test_dual.py", "tests/ops/dual_cases.py", "bench/bench_dual.py")
     }
@@ -107,6 +107,8 @@ def test_every_dual_op_has_its_column() -> None:
             "fastsharp/ops/reference/dual.py",
             f"csrc/include/fastsharp/{header}.hpp",
             f"csrc/cpu/{header}.cpp",
+            f"csrc/cuda/{header}.cu",
+            "fastsharp/ops/triton/dual.py",
         ):
             assert re.search(rf"\b{op}\b", (ROOT / path).read_text(encoding="utf-8")), f"{op} is missing in {path}"
         assert any(re.search(rf"\b{op}\b", text) for text in texts.values()), f"{op} is not tested"

@@ -32,10 +32,11 @@ from tests.ops.triton_cases import (
     check_probes,
     check_update,
     ensemble,
+    interpreter_or_skip,
 )
 from tests.tolerance import exact
 
-triton = pytest.importorskip("triton")
+interpreter_or_skip()
 
 from fastsharp.ops.triton import krylov  # noqa: E402
 
@@ -245,9 +246,10 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(compiler: subprocess.P
     if "skipped" in head:
         pytest.skip(head["skipped"])
     names = {row["kernel"].partition("[")[0] for row in rows}
-    assert names == {"alpha", "dots", "update", "sum_partials", "combine", "rademacher", "normal"} and len(rows) == 21
+    duals = {*_registry.Dual.__dataclass_fields__, "norm_gradients", "add_partials", "paired"}
+    assert names == {"alpha", "dots", "update", "sum_partials", "combine", "rademacher", "normal", *duals} and len(rows) == 33
     assert {row["sm"] for row in rows} == {80, 90}
     for row in rows:
         assert row["bytes"] > 1000 and row["atomics"] == 0 and not row["recompiled_for"], row
-        assert row["vector_loads"] or not row["kernel"].startswith(("alpha", "dots", "update", "combine")), row
+        assert row["vector_loads"] or not row["kernel"].startswith(("alpha", "dots", "update", "combine", *duals)), row
     assert all(row["rounds_bf16"] for row in rows if row["kernel"].startswith("update[bf16"))

@@ -11,11 +11,20 @@ import pytest
 import torch
 
 from fastsharp.ops import force
-from tests.ops.triton_cases import INTERPRETED, check_alpha, check_combine, check_dots, check_probes, check_update, ensemble
+from tests.ops.triton_cases import (
+    INTERPRETED,
+    check_alpha,
+    check_combine,
+    check_dots,
+    check_probes,
+    check_update,
+    ensemble,
+    interpreter_or_skip,
+)
 
-pytest.importorskip("triton")
+interpreter_or_skip()
 
-from fastsharp.ops.triton import krylov
+from fastsharp.ops.triton import krylov  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a wrong kernel may write anywhere on a GPU")
 
@@ -61,15 +70,15 @@ def test_the_kernels_pass_what_their_mutants_fail(check: str, monkeypatch: pytes
 
 @pytest.mark.parametrize(("file", "right", "wrong", "check"), MUTANTS, ids=[f"{i}-{m[3]}" for i, m in enumerate(MUTANTS)])
 def test_a_wrong_kernel_is_caught(file: str, right: str, wrong: str, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(krylov, file, altered(file, right, wrong, tmp_path))
+    monkeypatch.setattr(krylov, file, altered(krylov, file, right, wrong, tmp_path))
     monkeypatch.setattr(krylov, "_SUM_BLOCK", 2)
     with force("triton"), pytest.raises(AssertionError):
         CHECKS[check]()
 
 
-def altered(file: str, right: str, wrong: str, folder: Path) -> ModuleType:
+def altered(column: ModuleType, file: str, right: str, wrong: str, folder: Path) -> ModuleType:
     """The kernels with one mistake; a file of their own, since triton reads the source."""
-    text = Path(getattr(krylov, file).__file__).read_text(encoding="utf-8")
+    text = Path(getattr(column, file).__file__).read_text(encoding="utf-8")
     assert text.count(right) >= 1, f"{right!r} is no longer in {file}.py"
     path = folder / f"mutant_{file}.py"
     path.write_text(text.replace(right, wrong), encoding="utf-8")

@@ -20,18 +20,22 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsharp.ops.triton import krylov
+from fastsharp.ops.reference.dual import Norm, Second
+from fastsharp.ops.triton import dual, krylov
 
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+STORAGE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 N = 4096
 Launch = tuple[Any, tuple[Any, ...], dict[str, int]]
 
 
 def launches(everything: bool) -> dict[str, Launch]:
-    """Every kernel for every dtype by a name: one vector with removal and a next row; eight and (everything) two without."""
+    """Every kernel by a name. Krylov: every dtype, one vector with removal and a next row; eight and (everything) two without. The
+    dual ops with all that they take: float32, and (everything) float64; paired products in bfloat16 too.
+    """
     recorded: list[Launch] = []
     krylov.launch = lambda kernel, programs, device, *args, **constants: recorded.append((kernel, args, constants))  # type: ignore[assignment]
-    for storage in POINTERS:
+    for storage in STORAGE:
         dtype = torch.float64 if storage == torch.float64 else torch.float32
         V = torch.zeros(1, 3, N, dtype=storage)
         for b in (1, 2, 8) if everything else (1, 8) if storage == torch.float32 else (1,):
@@ -44,7 +48,25 @@ def launches(everything: bool) -> dict[str, Launch]:
         krylov.alpha(torch.zeros(1, N, dtype=dtype), torch.zeros(1, N, dtype=dtype), doubles(1))
         for kind in ("rademacher", "normal"):
             krylov.probes(kind, 1, 0, torch.zeros(2, N, dtype=dtype))
+    for dtype in (torch.float32, torch.float64) if everything else (torch.float32,):
+        duals(dtype)
     return {name(x): x for x in recorded}
+
+
+def duals(dtype: torch.dtype) -> None:
+    """Every dual op with everything that it can be given."""
+    x, t, columns = torch.zeros(32, N, dtype=dtype), torch.zeros(2, 32, N, dtype=dtype), torch.zeros(2, N, dtype=dtype)
+    f, sums = Norm(x, x[0], doubles(32, 2), True), doubles(2, 32, 2)
+    dual.activation_prepare("gelu", (0.0, 0.0, 0.0), x, x[0], x, x)
+    dual.activation_tangent(x, t, columns, t)
+    dual.activation_adjoint(x, t, x, t, t, columns)
+    dual.norm_prepare(x, 1e-5, True, f.stats)
+    dual.norm_tangent(f, t, columns, columns, t, sums)
+    dual.norm_adjoint(f, t, Second(x, doubles(1, 32, 2), t, sums, columns), t, sums, columns, columns)
+    dual.softmax_gradient(x, torch.zeros(32, dtype=torch.int64), x[:, 0].contiguous(), 0.1, x, x)
+    dual.softmax_product(x, x[:, 0].contiguous(), t, t)
+    for half in (dtype, torch.bfloat16) if dtype == torch.float32 else ():
+        dual.paired(None, (x.to(half), x.t().to(half)), (t.to(half), x.t().to(half)), 2, 1.0)
 
 
 def doubles(*shape: int) -> Tensor:

@@ -19,6 +19,19 @@ struct Curve {
     double p0, p1, p2;
 };
 
+template <class T> bool dense(Extent e, Rows<T> m, bool stack) {
+    return m.data == nullptr || ((e.rows == 1 || m.row == e.columns) && (!stack || e.b == 1 || m.vector == e.rows * e.columns));
+}
+
+// Without a bias the columns mean nothing: dense rows are one long row, free of short ends.
+template <class T> Extent joined(Extent e, const void* bias, Rows<T> primal, Rows<T> second, Rows<T> t, Rows<T> t2, Rows<T> out) {
+    const bool whole = bias == nullptr && dense(e, primal, false) && dense(e, second, false) && dense(e, t, true) && dense(e, t2, true) &&
+                       dense(e, out, true);
+    return whole ? Extent{e.b, 1, e.rows * e.columns} : e;
+}
+
+template <class T> Rows<const T> read(Rows<T> m) { return {m.data, m.vector, m.row}; }
+
 namespace cpu {
 
 i64 activation_workspace(Extent e);
@@ -29,5 +42,17 @@ template <class T> Status activation_adjoint(Extent e, Rows<const T> d1, Rows<co
                                              Rows<T> out, Columns<T> bias_gt, double* work, int threads);
 
 } // namespace cpu
+
+namespace cuda {
+
+i64 activation_workspace(Extent e, RowLaunch launch);
+template <class T> Status activation_prepare(Curve f, Extent e, Rows<const T> x, const T* bias, Rows<T> d1, Rows<T> d2, RowLaunch launch,
+                                             int device, void* stream);
+template <class T> Status activation_tangent(Extent e, Rows<const T> d1, Rows<const T> x_t, Columns<const T> bias_t, Rows<T> out,
+                                             RowLaunch launch, int device, void* stream);
+template <class T> Status activation_adjoint(Extent e, Rows<const T> d1, Rows<const T> y_gt, Rows<const T> q, Rows<const T> a_t,
+                                             Rows<T> out, Columns<T> bias_gt, double* work, RowLaunch launch, int device, void* stream);
+
+} // namespace cuda
 
 } // namespace fastsharp

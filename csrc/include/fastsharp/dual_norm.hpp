@@ -45,4 +45,16 @@ template <class T> Status norm_adjoint(Extent e, const Norm<T>& f, Rows<const T>
 
 } // namespace cpu
 
+namespace cuda {
+
+i64 norm_workspace(Extent e, RowLaunch launch);
+template <class T>
+Status norm_prepare(Extent e, Rows<const T> x, double eps, bool center, double* stats, RowLaunch launch, int device, void* stream);
+template <class T> Status norm_tangent(Extent e, const Norm<T>& f, Rows<const T> x_t, Columns<const T> w_t, Columns<const T> bias_t,
+                                       Rows<T> out, double* sums, RowLaunch launch, int device, void* stream);
+template <class T> Status norm_adjoint(Extent e, const Norm<T>& f, Rows<const T> y_gt, const NormSecond<T>& second, Rows<T> out,
+                                       double* sums, NormGradients<T> gradients, double* work, RowLaunch launch, int device, void* stream);
+
+} // namespace cuda
+
 } // namespace fastsharp

@@ -21,4 +21,21 @@ template <class T> struct Columns {
     i64 vector = 0;
 };
 
+namespace cuda {
+
+// Threads and blocks of the dual kernels. The default is a function of rows and columns alone, so that results do not depend on the GPU.
+struct RowLaunch {
+    i64 grid;                  // blocks, at most: they loop over what is left
+    int row_block;             // threads that share a row, a multiple of 32
+    int strip_block;           // threads of what goes by strips of columns, a multiple of 32
+    i64 shares;                // that rows are cut into where something is summed over them
+    i64 each(i64 rows) const { // rows of a share
+        return ceil_div(rows, shares);
+    }
+
+    static RowLaunch of(Extent e);
+};
+
+} // namespace cuda
+
 } // namespace fastsharp

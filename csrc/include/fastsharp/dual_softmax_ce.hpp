@@ -22,4 +22,13 @@ template <class T> Status softmax_product(Extent e, Rows<const T> p, const T* we
 
 } // namespace cpu
 
+namespace cuda {
+
+template <class T> Status softmax_gradient(Extent e, Rows<const T> z, const CrossEntropy<T>& loss, Rows<T> p, Rows<T> g, RowLaunch launch,
+                                           int device, void* stream);
+template <class T> Status softmax_product(Extent e, Rows<const T> p, const T* weight, Rows<const T> u, Rows<T> out, RowLaunch launch,
+                                          int device, void* stream);
+
+} // namespace cuda
+
 } // namespace fastsharp

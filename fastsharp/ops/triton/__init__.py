@@ -9,21 +9,31 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastsharp.errors import KernelError
 from fastsharp.ops._registry import Backend, Dual
 from fastsharp.ops.reference.krylov import Removed, Row
 
 
-def _refuse(*_: object) -> NoReturn:
-    raise KernelError("the dual ops have no Triton kernels. Use force('reference'), or leave the choice to the tensors' device.")
+def _dual(op: str) -> Callable[..., None]:
+    def run(*args: object) -> None:
+        from fastsharp.ops.triton import dual
+
+        getattr(dual, op)(*args)
+
+    return run
 
 
-_NO_DUAL = Dual(**dict.fromkeys(Dual.__dataclass_fields__, _refuse))
+_DUAL = Dual(**{op: _dual(op) for op in Dual.__dataclass_fields__})
+
+
+def _paired(out: Tensor | None, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], b: int, alpha: float) -> Tensor:
+    from fastsharp.ops.triton import dual
+
+    return dual.paired(out, first, second, b, alpha)
 
 
 def backend() -> Backend | str:
@@ -32,11 +42,11 @@ def backend() -> Backend | str:
         return "triton is not installed"
     interpreted = _interpreted()
     if interpreted:
-        return Backend("triton", ("cuda", "cpu"), _alpha, _dots, _update, _combine, _probes, _NO_DUAL)
+        return Backend("triton", ("cuda", "cpu"), _alpha, _dots, _update, _combine, _probes, _DUAL, paired=_paired)
     if not torch.cuda.is_available():
         late = "triton was imported before TRITON_INTERPRET=1 was set, and " if os.environ.get("TRITON_INTERPRET") == "1" else ""
         return f"{late}torch sees no GPU (TRITON_INTERPRET=1 in the environment runs the kernels in triton's interpreter)"
-    return Backend("triton", ("cuda",), _alpha, _dots, _update, _combine, _probes, _NO_DUAL)
+    return Backend("triton", ("cuda",), _alpha, _dots, _update, _combine, _probes, _DUAL, paired=_paired)
 
 
 def _interpreted() -> bool:

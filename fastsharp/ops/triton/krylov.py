@@ -27,7 +27,7 @@ _PER_COUNTER = {"rademacher": 128, "normal": 4}
 
 def alpha(v: Tensor, w: Tensor, out: Tensor) -> None:
     """out[e] = v_e'w_e."""
-    (E, n), tiles = v.shape, _ceil(v.shape[1], TILE)
+    (E, n), tiles = v.shape, ceil(v.shape[1], TILE)
     partial = _partial(w, E * tiles)
     launch(kernels.alpha, E * tiles, w.device, v, v.stride(0), w, w.stride(0), partial, n, tiles, **_chunks(), num_warps=4)
     _sum(partial, out[:, None, None], tiles)
@@ -35,12 +35,12 @@ def alpha(v: Tensor, w: Tensor, out: Tensor) -> None:
 
 def dots(V: Tensor, w: Tensor, removed: Removed | None, out: Tensor) -> None:
     """w <- w - a v_j - b v_{j-1} with removed = (ab, v_j, v_{j-1}); out[..., :j] = V w; out[..., j] = w'w."""
-    (E, j, n), b, tiles = V.shape, w.shape[1], _ceil(V.shape[2], TILE)
+    (E, j, n), b, tiles = V.shape, w.shape[1], ceil(V.shape[2], TILE)
     shape = _shape_of(b)
     ab, last, before = removed if removed is not None else (None, None, None)
     partial = _partial(w, E * b * (j + 1) * tiles)
     launch(
-        kernels.dots, E * _ceil(b, shape["B"]) * tiles, w.device,
+        kernels.dots, E * ceil(b, shape["B"]) * tiles, w.device,
         V, V.stride(0), V.stride(1), w, w.stride(0), w.stride(1),
         ab, _member(ab), last, _member(last), before, _member(before), partial, b, j, n, tiles, **shape,
     )  # fmt: skip
@@ -49,12 +49,12 @@ def dots(V: Tensor, w: Tensor, removed: Removed | None, out: Tensor) -> None:
 
 def update(V: Tensor, w: Tensor, c: Tensor, row: Row | None, out: Tensor) -> None:
     """w <- w - V'c; out = w'w; row[0] <- row[1] w."""
-    (E, j, n), b, tiles = V.shape, w.shape[1], _ceil(V.shape[2], TILE)
+    (E, j, n), b, tiles = V.shape, w.shape[1], ceil(V.shape[2], TILE)
     shape = _shape_of(b)
     target, factor = row if row is not None else (None, None)
     partial = _partial(w, E * b * tiles)
     launch(
-        kernels.update, E * _ceil(b, shape["B"]) * tiles, w.device,
+        kernels.update, E * ceil(b, shape["B"]) * tiles, w.device,
         V, V.stride(0), V.stride(1), w, w.stride(0), w.stride(1), c, c.stride(0), c.stride(1),
         target, _member(target), factor, _member(factor), partial, b, j, n, tiles, **shape,
     )  # fmt: skip
@@ -66,21 +66,21 @@ def combine(S: Tensor, V: Tensor, out: Tensor) -> None:
     (k, j), n = S.shape, V.shape[1]
     block = _COMBINE_WARPS * 32 * (16 // V.element_size())  # 16 bytes a lane: then no two warps share a column
     launch(
-        vectors.combine, _ceil(n, block), V.device, S, S.stride(0), V, V.stride(0), out, out.stride(0), k, j, n,
-        K=min(8, _power_of_two(k)), R=2, BLOCK=block, num_warps=_COMBINE_WARPS,
+        vectors.combine, ceil(n, block), V.device, S, S.stride(0), V, V.stride(0), out, out.stride(0), k, j, n,
+        K=min(8, power_of_two(k)), R=2, BLOCK=block, num_warps=_COMBINE_WARPS,
     )  # fmt: skip
 
 
 def probes(kind: str, seed: int, first: int, out: Tensor) -> None:
     """Row i is vector first + i of the stream of `seed`."""
     b, n = out.shape
-    tiles = _ceil(n, _COUNTERS[kind] * _PER_COUNTER[kind])
+    tiles = ceil(n, _COUNTERS[kind] * _PER_COUNTER[kind])
     signed = seed - 2**64 if seed >= 2**63 else seed
     kernel = vectors.rademacher if kind == "rademacher" else vectors.normal
     launch(kernel, b * tiles, out.device, signed, first, out, out.stride(0), n, tiles, Q=_COUNTERS[kind], num_warps=4)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: int) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: float | str) -> None:
     """Run a kernel on a flat grid, with `device` current; a failure of Triton becomes a KernelError that names it."""
     current: Callable[[torch.device], Any] = torch.cuda.device if device.type == "cuda" else nullcontext
     try:
@@ -92,7 +92,7 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **const
 
 def _shape_of(b: int) -> dict[str, int]:
     """Vectors and rows held at once, and warps: a function of b alone, so that equal calls give equal bits."""
-    B = min(8, _power_of_two(b))
+    B = min(8, power_of_two(b))
     return {"B": B, "R": 4 if B == 1 else 2 if B == 2 else 1, **_chunks(), "num_warps": 4 if B <= 2 else 8}
 
 
@@ -117,9 +117,9 @@ def _member(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _power_of_two(x: int) -> int:
+def power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()

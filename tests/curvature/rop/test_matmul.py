@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fastsharp.curvature.rop.rules.matmul import linear
+from fastsharp.ops import _registry, force
+from fastsharp.ops.dual_linear import Factors, gather
 from tests.curvature.rop.check import check_rule, part_of
 
 aten = torch.ops.aten
@@ -83,3 +86,21 @@ def test_without_an_adjoint_only_the_second_term_is_left() -> None:
     x_gt, w_gt = part.backward([None], kept, [None, None])
     torch.testing.assert_close(x_gt, y_g @ w_t)
     torch.testing.assert_close(w_gt, y_g.t() @ x_t)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("linear")])
+def test_a_backend_with_a_kernel_for_pairs_gets_all_three(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, which no such kernel takes but for this test: the same products, each pair in one call."""
+    from fastsharp.ops import dual_linear
+
+    calls = []
+
+    def paired(out: torch.Tensor | None, first: Factors, second: Factors, b: int, alpha: float) -> torch.Tensor:
+        calls.append(b)
+        return gather(gather(out, *first, b, alpha), *second, b, alpha)
+
+    monkeypatch.setattr(dual_linear, "KERNEL_DTYPES", (torch.float64,))
+    func, args, kwargs = CASES[name]
+    with force(replace(_registry.choose(torch.device("cpu")), paired=paired)):
+        check_rule(func, *args, active=range(len(args)), b=3, **kwargs)
+    assert calls.count(3) >= 3 and len(calls) % 3 == 0

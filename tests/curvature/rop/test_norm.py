@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from fastsharp.curvature.rop.memory import Unrecorded
+from fastsharp.ops import dual
 from tests.curvature.rop.check import check_rule, part_of
 from tests.curvature.rop.subsets import Case, channels_last, check_case
+from tests.releases import torch_before
 
 aten = torch.ops.aten
 BN = aten.native_batch_norm.default
@@ -47,6 +49,9 @@ EVAL = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_are_autograds(case: Case) -> None:
+    args = case.args(lambda *shape: torch.randn(*shape, dtype=torch.float64))
+    if case.func is aten.native_group_norm.default and not args[0].is_contiguous() and torch_before("2.14"):
+        pytest.skip("this torch crashes in the backward of a channels-last group norm of a constant input")
     check_case(case)
 
 
@@ -162,8 +167,6 @@ def test_channels_last_is_kept() -> None:
 
 def test_layer_norm_where_fused_passes_do_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formulas that serve other devices."""
-    from fastsharp.curvature.rop.rules import norm
-
-    monkeypatch.setattr(norm, "FUSED_DTYPES", ())
+    monkeypatch.setattr(dual, "fused", lambda t: False)
     for case in CASES[:5]:
         check_case(case)

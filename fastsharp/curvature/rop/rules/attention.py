@@ -18,8 +18,8 @@ import torch
 from fastsharp.curvature.rop.memory import Unrecorded
 from fastsharp.curvature.rop.parts import lift, sum_to, width
 from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
-from fastsharp.curvature.rop.rules.matmul import gather
 from fastsharp.ops import dual
+from fastsharp.ops.dual_linear import gather
 
 aten = torch.ops.aten
 
@@ -132,7 +132,7 @@ class Attention(Part):
 
 def _softmax_(u: Tensor, p: Tensor) -> Tensor:
     """p u - p <p, u> by rows in place of u, (b, heads, rows, columns)."""
-    if u.device.type == "cpu" and u.dtype in (torch.float32, torch.float64) and u.numel():
+    if dual.fused(u):
         stack = u.view(len(u), -1, u.shape[-1])
         dual.softmax_product(p.view(stack.shape[1:]), stack, out=stack)
         return u

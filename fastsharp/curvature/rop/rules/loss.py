@@ -189,7 +189,7 @@ class CrossEntropy(Part):
         self.r = (self.p * self.c).scatter_add_(1, index.unsqueeze(1), -self.c)
         self.weight: torch.Tensor | None = None  # y_g c, (rows, 1)
         self.curved: torch.Tensor | None = None  # y_g c p, where torch's own passes take the product
-        self.fused = z.is_cpu and z.shape[1] >= FUSED_CLASSES and z.shape[0] > 0 and z.dtype in (torch.float32, torch.float64)
+        self.fused = dual.fused(z) and (not z.is_cpu or z.shape[1] >= FUSED_CLASSES)
 
     def tangent(self, x_t: Tangents) -> tuple[list[torch.Tensor | None], Any]:
         t = x_t[0]

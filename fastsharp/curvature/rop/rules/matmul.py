@@ -15,32 +15,11 @@ from typing import Any
 import torch
 
 from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
+from fastsharp.ops.dual_linear import dual_linear, gather, paired_kernel
 
 aten = torch.ops.aten
 
 Tensor = torch.Tensor
-
-
-def gather(out: Tensor | None, left: Tensor, right: Tensor, b: int, alpha: float = 1.0) -> Tensor:
-    """out += alpha left right for b matrices, or stacks of matrices; an operand without the leading b is the same for all of them.
-
-    `out` None is zero. The result is `out` itself where it is given.
-    """
-    dims = max(2, min(left.dim(), right.dim()))
-    left, right = (t if t.dim() > dims else t.expand(b, *t.shape) for t in (left, right))
-    if out is None and alpha == 1.0 and dims == 2 and right.stride(0) == 0 and left.is_contiguous():
-        return torch.mm(left.flatten(0, 1), right[0]).view(b, left.shape[1], right.shape[2])
-    beta = 1.0
-    if out is None:
-        out, beta = left.new_empty(*left.shape[:-1], right.shape[-1]), 0.0
-    if dims == 2 and b > 1:
-        return out.baddbmm_(left, right, beta=beta, alpha=alpha)
-    for o, a, c in zip(out, left, right, strict=True):
-        if dims == 2:
-            o.addmm_(a, c, beta=beta, alpha=alpha)
-        else:
-            o.baddbmm_(a, c, beta=beta, alpha=alpha)
-    return out
 
 
 def broadcast_sum(y: Tensor, shape: torch.Size, scale: float, into: Tensor | None) -> Tensor | None:
@@ -190,6 +169,19 @@ class Linear(Part):
         a_t, w_t = x_t[:2]
         c_t = x_t[2] if self.inputs > 2 else None
         b = next(len(t) for t in x_t if t is not None)
+        a_t = None if a_t is None else a_t.reshape(b, self.rows, -1)
+        kernel = None if a_t is None or w_t is None else paired_kernel(a_t, w_t.mT)
+        if kernel is not None and self.x is not None and self.weight is not None and a_t is not None and w_t is not None:
+            y = None if c_t is None else c_t.unsqueeze(1).repeat(1, self.rows, 1)
+            y = kernel(y, (self.x, w_t.mT), (a_t, self.weight.t()), b, 1.0)
+        else:
+            y = self._two_products(a_t, w_t, c_t, b)
+        if self.mask is not None:
+            y.mul_(self.mask)
+        return [y.view(b, *self.y_shape)], (a_t, w_t)
+
+    def _two_products(self, a_t: Tensor | None, w_t: Tensor | None, c_t: Tensor | None, b: int) -> Tensor:
+        """x W_t' + x_t W' + c_t with the bias and the second product accumulating in the calls of the first."""
         y: Tensor | None = None
         if w_t is not None and self.x is not None:
             if c_t is None:
@@ -201,15 +193,12 @@ class Linear(Part):
         elif c_t is not None:
             y = c_t.unsqueeze(1).repeat(1, self.rows, 1)
         if a_t is not None and self.weight is not None:
-            a_t = a_t.reshape(b, self.rows, -1)
             if y is None:
                 y = gather(None, a_t.contiguous(), self.weight.t(), b)
             else:
                 y.view(b * self.rows, -1).addmm_(a_t.reshape(b * self.rows, -1), self.weight.t())
         assert y is not None
-        if self.mask is not None:
-            y.mul_(self.mask)
-        return [y.view(b, *self.y_shape)], (a_t, w_t)
+        return y
 
     def adjoint(self, y_g: Tangents) -> list[Tensor | None]:
         if self.mask is not None and y_g[0] is not None:
@@ -225,19 +214,13 @@ class Linear(Part):
         into = into or (None,) * self.inputs
         out: list[Tensor | None] = [None] * self.inputs
         if self.on[0]:
-            total: Tensor | None = None
-            if g_t is not None and self.weight is not None:
-                total = gather(None, g_t.contiguous(), self.weight, len(g_t))
-            if g is not None and w_t is not None:
-                total = gather(total, g, w_t, len(w_t))
+            first = None if g_t is None or self.weight is None else (g_t.contiguous(), self.weight)
+            total = dual_linear(None, first, None if g is None or w_t is None else (g, w_t))
             if total is not None:
                 out[0] = place(total.view(len(total), *self.x_shape), into[0])
         if self.on[1]:
-            total = into[1]
-            if g_t is not None and self.x is not None:
-                total = gather(total, g_t.mT, self.x, len(g_t))
-            if g is not None and x_t is not None:
-                total = gather(total, g.t(), x_t, len(x_t))
+            first = None if g_t is None or self.x is None else (g_t.mT, self.x)
+            total = dual_linear(into[1], first, None if g is None or x_t is None else (g.t(), x_t))
             out[1] = None if into[1] is not None else total
         if self.on[2] and g_t is not None:
             out[2] = broadcast_sum(g_t, g_t.shape[2:], 1.0, into[2])
