@@ -196,7 +196,7 @@ def _together(calls: Sequence[Call]) -> int:
     outputs = [t for call in calls for t in call.outputs]
     if any(t.device.type != "cpu" for t in outputs):
         return sys.maxsize
-    return max(TOGETHER // max(1, *(t.nbytes for t in outputs)), 1)
+    return max(TOGETHER // max([1, *(t.nbytes for t in outputs)]), 1)
 
 
 def _part(call: Call, by_rule: bool) -> tuple[Part, str]:
