@@ -206,4 +206,6 @@ def _timed(name: str, runs: dict[str, Callable[[], Any]]) -> dict[str, Any]:
 def _record(name: str, part: str, n: int, fields: dict[str, Any]) -> None:
     if not QUICK:
         with (RESULTS / "hvp.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"case": name, "part": part, "n": n, **fields, "tests_green": True, **stamp()}) + "\n")
+            waiting = os.environ.get("OMP_WAIT_POLICY", "as built")  # threads that spin cost much on a machine that is not quiet
+            row = {"case": name, "part": part, "n": n, **fields, "omp_wait_policy": waiting, "tests_green": True, **stamp()}
+            f.write(json.dumps(row) + "\n")
