@@ -3,6 +3,7 @@
     pytest bench/bench_hvp.py -s                 tables, and in bench/results/hvp.jsonl a row for each network and part
     pytest bench/bench_hvp.py -s -k "blocks and vit"
     FASTSHARP_BENCH_REPS=7                       interleaved rounds (7), recorded in the row
+    FASTSHARP_BENCH_BATCHES=1                    of the case, where one vector on all of them takes too long; recorded as well
 
 Parts and targets: products of one vector, 0.7, 1.5, 2.1, 1.7 and 1.9 gradients in the order of `hvp_cases.CASES`, and 1.3 times the floor; blocks of
 eight on one batch, per vector 0.7 of a single one on the tiny MLP, 1.0 elsewhere, 0.85 where the primal half is recomputed; memory, (2 + b) times the
@@ -31,6 +32,7 @@ from bench.memory import Peak, stored_activations
 from bench.passes import floor
 
 REPS = int(os.environ.get("FASTSHARP_BENCH_REPS", "7"))
+BATCHES = int(os.environ["FASTSHARP_BENCH_BATCHES"]) if "FASTSHARP_BENCH_BATCHES" in os.environ else None
 QUICK = "FASTSHARP_BENCH_N" in os.environ  # tiny sizes asked for: run everything once on little data, promise nothing
 TARGETS = {"tiny mlp": 0.7, "mlp": 1.5, "resnet-20": 2.1, "resnet-18": 1.7, "vit": 1.9}
 LOSS = nn.CrossEntropyLoss()
@@ -102,6 +104,7 @@ def memory_ratio(model: nn.Module, batches: list[Any], b: int) -> float:
 def test_products(benchmark: Any, name: str) -> None:
     """One vector."""
     model, batches = CASES[name](32 if QUICK else 1)
+    batches = batches[:BATCHES]
     auto, graph = (fastsharp.Hessian(model, batches, LOSS, backend=backend) for backend in ("auto", "autograd"))
     v = torch.randn(auto.n, generator=torch.Generator().manual_seed(2))
     few = [(x[:8], y[:8]) for x, y in batches[:1]]  # float64 convolutions are slow
@@ -119,7 +122,13 @@ def test_products(benchmark: Any, name: str) -> None:
         runs["engine"] = lambda: engine @ v
     fields = _timed(name, runs)
     seconds = fields["median_s"]
-    fields |= {"target": TARGETS[name], "over_floor": seconds["auto"] / seconds["floor"], "error": ours, "error_of_torch": torchs}
+    fields |= {
+        "batches": len(batches),
+        "target": TARGETS[name],
+        "over_floor": seconds["auto"] / seconds["floor"],
+        "error": ours,
+        "error_of_torch": torchs,
+    }
     print(f"  auto / floor {fields['over_floor']:.2f}; to reach {TARGETS[name]} gradients; error {ours:.1e} (torch {torchs:.1e})")
     benchmark.extra_info.update({"over_gradient": fields["over_gradient"]["auto"], "over_floor": fields["over_floor"]})
     benchmark.pedantic(runs["auto"], rounds=1)
@@ -131,6 +140,7 @@ def test_products(benchmark: Any, name: str) -> None:
 def test_rivals(benchmark: Any, name: str) -> None:
     """One vector by what else there is."""
     model, batches = CASES[name](32 if QUICK else 1)
+    batches = batches[:BATCHES]
     ours = fastsharp.Hessian(model, batches, LOSS)
     v = torch.randn(ours.n, generator=torch.Generator().manual_seed(2))
     runs: dict[str, Callable[[], Any]] = {
@@ -138,7 +148,7 @@ def test_rivals(benchmark: Any, name: str) -> None:
         "auto": lambda: ours @ v,
         "double backward": lambda: double_backward(model, batches, v),
     }
-    fields = _timed(name, runs | rivals(model, batches, v))
+    fields = {"batches": len(batches), **_timed(name, runs | rivals(model, batches, v))}
     benchmark.extra_info.update(fields["over_gradient"])
     benchmark.pedantic(runs["auto"], rounds=1)
     _record(name, "rivals", ours.n, fields)
