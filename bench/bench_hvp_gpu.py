@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastsharp
-from bench.harness import RESULTS, Variant, interleaved
+from bench.harness import RESULTS, Timing, Variant, interleaved
 from bench.hvp_cases import GPU_CASES
 from bench.machine import stamp
 from bench.passes import floor
@@ -76,14 +76,11 @@ def operator(model: nn.Module, batches: list[Any], precision: str, backend: str,
     return H
 
 
-def forward_over_reverse(model: nn.Module, x: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> Callable[[], Any]:
-    """jvp(grad(loss)) along v, as torch.func writes it."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    parts = dict(
-        zip(
-            params, (t.view_as(p) for t, p in zip(v.split([p.numel() for p in params.values()]), params.values(), strict=True)), strict=True
-        )
-    )
+def forward_over_reverse(model: nn.Module, x: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+    """jvp(grad(loss)) as torch.func writes it, and its arguments: the weights and the tangents that v means."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = [p.numel() for p in weights.values()]
+    tangents = {name: t.view_as(p) for (name, p), t in zip(weights.items(), v.split(sizes), strict=True)}
 
     def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         value: torch.Tensor = LOSS(functional_call(model, weights, (x,)), y)
@@ -92,34 +89,39 @@ def forward_over_reverse(model: nn.Module, x: torch.Tensor, y: torch.Tensor, v: 
     def product(weights: dict[str, torch.Tensor], tangents: dict[str, torch.Tensor]) -> Any:
         return jvp(grad(loss), (weights,), (tangents,))[1]
 
-    def run(compiled: Callable[..., Any] = product) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([t.reshape(-1) for t in compiled(params, parts).values()])
-
-    run.product = product  # type: ignore[attr-defined]
-    return run
+    return product, (weights, tangents)
 
 
-def compiled(run: Any) -> Callable[[], Any] | None:
-    """The same compiled, None where that takes too long or fails; printed why."""
+def functional(model: nn.Module, x: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """jvp(grad(loss)) as it is and compiled, as far as either runs; printed why not."""
+    product, given = forward_over_reverse(model, x, y, v)
+    compiled = torch.compile(product, backend="aot_eager" if QUICK else "inductor")
+    found: dict[str, Callable[[], Any]] = {}
+    for label, f in (("jvp(grad)", product), ("torch.compile(jvp(grad))", compiled)):
+        if COMPILE_SECONDS <= 0 and f is compiled:
+            continue
+        before = signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(max(COMPILE_SECONDS, 1))
+        try:
+            with torch.no_grad():
+                f(*given)
+        except Exception as e:  # whatever dynamo and inductor raise: a rival that does not run is a row without it
+            print(f"  {label}: {type(e).__name__}: {(str(e) or '-').splitlines()[0]}")
+        else:
+            found[label] = torch.no_grad()(lambda f=f: f(*given))
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+    return found
 
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"not compiled within {COMPILE_SECONDS} s")
 
-    if COMPILE_SECONDS <= 0:
-        return None
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(COMPILE_SECONDS)
-    try:
-        product = torch.compile(run.product, backend="aot_eager" if QUICK else "inductor")
-        run(product)
-    except Exception as e:  # whatever dynamo and inductor raise: a rival that does not run is a row without it
-        print(f"  torch.compile(jvp(grad)): {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
-        return None
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    return lambda: run(product)
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"not compiled within {COMPILE_SECONDS} s")
+
+
+def timed(runs: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
+    """Interleaved, see `harness`."""
+    return interleaved([Variant(label, run, 0) for label, run in runs.items()], REPS, DEVICE)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -133,36 +135,40 @@ def test_products(benchmark: Any, name: str, precision: str) -> None:
     ((x, y),) = batches
     params = list(model.parameters())
     launched, replayed = (operator(model, batches, precision, "rop", graph) for graph in (False, True))
-    kept = operator(model, batches, precision, "autograd", False)
     v = torch.randn(1, launched.n, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    ours, exact = launched.apply(v), kept.apply(v)
-    assert float((ours - exact).norm()) <= GATES[precision] * float(exact.norm())
+    ours = launched.apply(v)
     assert torch.equal(replayed.apply(v), ours)
-    graph_note = next((note for note in replayed.notes if "CUDA graph" in note), "")
+    captured, note = list(replayed.cuda_graph), next((note for note in replayed.notes if "CUDA graph" in note), "")
+    held = replayed._sum.nbytes if replayed._sum is not None else 0
     with precision_of(precision):
-        theirs = forward_over_reverse(model, x, y, v[0])
-        runs: dict[str, Callable[[], Any]] = {
-            "gradient": lambda: torch.autograd.grad(LOSS(model(x), y), params),
-            "floor": floor(model, LOSS, batches),
-            "engine, launched": lambda: launched.apply(v),
-            "engine, replayed": lambda: replayed.apply(v),
-            "autograd, kept graph": lambda: kept.apply(v),
-        }
-        if precision == "tf32" or QUICK:
-            runs["jvp(grad)"] = theirs
-            found = compiled(theirs)
-            if found is not None:
-                runs["torch.compile(jvp(grad))"] = found
-        timings = interleaved([Variant(label, run, 0) for label, run in runs.items()], REPS, DEVICE)
+        timings = timed(
+            {
+                "gradient": lambda: torch.autograd.grad(LOSS(model(x), y), params),
+                "floor": floor(model, LOSS, batches),
+                "engine, launched": lambda: launched.apply(v),
+                "engine, replayed": lambda: replayed.apply(v),
+            }
+        )
+    benchmark.pedantic(lambda: replayed.apply(v), rounds=1)
+    launched.release()  # the rivals get the memory to themselves
+    replayed.release()
+    kept = operator(model, batches, precision, "autograd", False)
+    exact = kept.apply(v)
+    assert float((ours - exact).norm()) <= GATES[precision] * float(exact.norm())
+    with precision_of(precision):
+        timings |= timed({"autograd, kept graph": lambda: kept.apply(v)})
+        kept.release()
+        if precision == ("tf32" if DEVICE.type == "cuda" else "float32"):
+            timings |= timed(functional(model, x, y, v[0]))
     seconds = {label: t.median for label, t in timings.items()}
     row = {
         "case": name,
         "precision": precision,
         "n": launched.n,
-        "cuda_graph": list(replayed.cuda_graph) or graph_note,
+        "cuda_graph": captured or note,
         "over_gradient": {label: s / seconds["gradient"] for label, s in seconds.items()},
         "share_of_floor": {label: seconds["floor"] / s for label, s in seconds.items() if label not in ("floor", "gradient")},
-        "graph_bytes": replayed._sum.nbytes if replayed._sum is not None else 0,
+        "graph_bytes": held,
         "median_s": seconds,
         "q20_s": {label: t.q20 for label, t in timings.items()},
         "q80_s": {label: t.q80 for label, t in timings.items()},
@@ -170,11 +176,12 @@ def test_products(benchmark: Any, name: str, precision: str) -> None:
         "tests_green": True,
         **stamp(),
     }
-    print(f"\n{name}, {precision}: times a gradient ({seconds['gradient']:.3g} s); % of the floor reached; {graph_note or 'replayed'}")
+    print(
+        f"\n{name}, {precision}: times a gradient ({seconds['gradient']:.3g} s); % of the floor reached; {note or f'replayed for b = {captured}'}"
+    )
     for label, s in seconds.items():
         print(f"  {label:26s} {s / seconds['gradient']:6.2f}  {100 * seconds['floor'] / s:5.0f} %")
     benchmark.extra_info.update({"over_gradient": row["over_gradient"]["engine, replayed"]})
-    benchmark.pedantic(runs["engine, replayed"], rounds=1)
     if QUICK:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
