@@ -51,6 +51,24 @@ class Block(nn.Module):
         return y
 
 
+class GPT(nn.Module):
+    """A causal language model of GPT-2's shape, its output layer tied to the embedding; logits (tokens, vocabulary)."""
+
+    def __init__(self, width: int = 768, layers: int = 12, heads: int = 12, tokens: int = 50257, length: int = 1024) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(tokens, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, causal=True) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for p in (self.token.weight, self.position.weight):
+            nn.init.normal_(p, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.token(x) + self.position(torch.arange(x.shape[1], device=x.device))
+        for block in self.blocks:
+            h = block(h)
+        return F.linear(self.norm(h), self.token.weight).flatten(0, 1)
+
+
 def _data(batches: int, size: int, *shape: int, classes: int = 10) -> list[tuple[torch.Tensor, torch.Tensor]]:
     g = torch.Generator().manual_seed(1)
     return [(torch.randn(size, *shape, generator=g), torch.randint(classes, (size,), generator=g)) for _ in range(batches)]
@@ -89,4 +107,28 @@ CASES: dict[str, Callable[[int], Case]] = {  # name: by the divisor of the batch
     "resnet-20": lambda cut: _made(resnet20, 4, 128 // cut, 3, 32, 32),
     "resnet-18": lambda cut: _made(_resnet18, 2, 64 // cut, 3, 32, 32),
     "vit": lambda cut: _made(ViT, 4, 64 // cut, 3, 32, 32),
+}
+
+
+def _resnet50() -> nn.Module:
+    import torchvision
+
+    model: nn.Module = torchvision.models.resnet50()
+    return model
+
+
+def _tokens(cut: int) -> Case:
+    """Next-token prediction on 4 x 1024 random tokens; with a cut, of a small model on few."""
+    g = torch.Generator().manual_seed(1)
+    vocabulary, length = (50257, 1024) if cut == 1 else (101, 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT() if cut == 1 else GPT(16, 2, 2, vocabulary, length)
+    text = torch.randint(vocabulary, (4, length + 1), generator=g)
+    return model.eval(), [(text[:, :-1].contiguous(), text[:, 1:].flatten())]
+
+
+GPU_CASES: dict[str, Callable[[int], Case]] = {  # one batch that fills a large GPU
+    "resnet-50": lambda cut: _made(_resnet50, 1, 64 // cut, 3, *(2 * [224 if cut == 1 else 64]), classes=1000),
+    "gpt-2": _tokens,
 }

@@ -142,7 +142,7 @@ class Graphs:
             try:
                 replay, held = self._recorder.capture(lambda: of.run(rows, total))
             except RuntimeError as e:  # of torch and CUDA: out of memory, an operation that a capture forbids
-                self.refusal = f"the capture failed: {(str(e) or type(e).__name__).splitlines()[0]}"
+                self.refusal = f"the capture failed: {_first_line(e)}"
                 return
         held += rows.nbytes + total.nbytes
         if fits(held):
@@ -150,3 +150,10 @@ class Graphs:
             self.nbytes += held
         else:
             self.refusal = f"one for b = {V.shape[0]} holds {held / 2**20:.1f} MiB, more than the memory budget has left"
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong first: ending a capture that has failed is an error of its own."""
+    while isinstance(error.__context__, Exception):
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]

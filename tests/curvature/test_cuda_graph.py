@@ -169,8 +169,16 @@ def test_batches_that_are_not_kept_are_not_captured(recorder: TapeRecorder) -> N
     assert recorder.captures == 0 and H.cuda_graph == ()
 
 
+def _of_its_end(first: Exception) -> Exception:
+    """As torch raises it: the end of a capture that has failed is a second error."""
+    second = RuntimeError("operation failed due to a previous error during capture")
+    second.__context__ = first
+    return second
+
+
 @pytest.mark.parametrize(
-    "failure", [RuntimeError("operation not permitted\nCUDA kernel errors might"), torch.OutOfMemoryError("no memory")]
+    "failure",
+    [RuntimeError("operation not permitted\nCUDA kernel errors might"), torch.OutOfMemoryError("no memory"), _of_its_end(TypeError("odd"))],
 )
 def test_a_failed_capture_leaves_eager_products_and_one_note(recorder: TapeRecorder, failure: Exception) -> None:
     recorder.failure = failure
@@ -179,7 +187,7 @@ def test_a_failed_capture_leaves_eager_products_and_one_note(recorder: TapeRecor
         V = vectors(H.n, 1 + seed % 2, seed)
         found = H.apply(V)
         assert seed == 0 or torch.equal(found, eager(H, V))
-    text = str(failure).splitlines()[0]
+    text = str(failure.__context__ or failure).splitlines()[0]
     assert recorder.captures == 1
     assert [note for note in H.notes if "CUDA graph" in note] == [f"products without a CUDA graph: the capture failed: {text}"]
 
