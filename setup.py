@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from glob import glob
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def cuda_targets(nvcc: str) -> list[str]:
     return targets
 
 
+def stub(name: str) -> str:
+    """The interface that a module is built for, by its stub: fastsharp/ops/_registry.py compares it with the stub beside the module."""
+    return f"-DFASTSHARP_STUB={zlib.crc32((ROOT / f'fastsharp/_{name}.pyi').read_text(encoding='utf-8').encode())}U"
+
+
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home and (Path(home) / "bin" / "nvcc").exists():
@@ -74,7 +80,7 @@ class Native(build_ext):
     def build_cpu(self, ext: Extension) -> None:
         try:
             status = self.cuda_status.replace('"', "'").replace("$", "")
-            self.ninja(ext, {"csrc/bindings/cpu.cpp": f'-DFASTSHARP_CUDA_STATUS="{status}"'}, {})
+            self.ninja(ext, {"csrc/bindings/cpu.cpp": [f'-DFASTSHARP_CUDA_STATUS="{status}"', stub("cpu")]}, {})
         except BuildError as e:
             self.remove_stale(ext)
             say(f"_cpu was NOT built, the reference path is used instead (slower by an order of magnitude): {e}")
@@ -91,7 +97,7 @@ class Native(build_ext):
             targets = cuda_targets(nvcc)
             code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
             code.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-            self.ninja(ext, {}, {"nvcc": nvcc, "code": " ".join(code)})
+            self.ninja(ext, {"csrc/bindings/cuda.cpp": [stub("cuda")]}, {"nvcc": nvcc, "code": " ".join(code)})
             version = output_of(nvcc, "--version").split("release ")[-1].split(",")[0]
             self.cuda_status = f"built by nvcc {version} for sm_{', sm_'.join(targets)} and PTX"
         except (BuildError, OSError, subprocess.CalledProcessError) as e:
@@ -108,7 +114,7 @@ class Native(build_ext):
         for path in (Path(self.get_ext_fullpath(ext.name)), ROOT / self.get_ext_filename(ext.name)):
             path.unlink(missing_ok=True)
 
-    def ninja(self, ext: Extension, defines: dict[str, str], cuda: dict[str, str]) -> None:
+    def ninja(self, ext: Extension, defines: dict[str, list[str]], cuda: dict[str, str]) -> None:
         """Compile ext.sources and link them; `defines` are further flags per source."""
         import ninja
         import pybind11
@@ -153,7 +159,7 @@ class Native(build_ext):
             objects.append(source.replace("/", "_") + ".o")
             lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ninja_path(ROOT / source)}")
             if source in defines:
-                lines.append(f"  define = {shlex.quote(defines[source])}")
+                lines.append(f"  define = {shlex.join(defines[source])}")
         lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         run = subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], capture_output=True, text=True)

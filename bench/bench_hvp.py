@@ -1,10 +1,11 @@
 """Hessian-vector products of five networks as multiples of one gradient: every backend, the rivals, and the floor of six passes.
 
-    pytest bench/bench_hvp.py -s                 one table, and a row per network in bench/results/hvp.jsonl
-    FASTSHARP_BENCH_REPS=7                       interleaved rounds (7)
+    pytest bench/bench_hvp.py -s                 tables, and in bench/results/hvp.jsonl a row for each network and part
+    pytest bench/bench_hvp.py -s -k "blocks and vit"
+    FASTSHARP_BENCH_REPS=7                       interleaved rounds (7), recorded in the row
 
-Targets, one vector: 0.7, 1.5, 2.1, 1.7 and 1.9 gradients in the order of `hvp_cases.CASES`, and 1.3 times the floor; eight vectors: per
-vector 0.7 of a single one on the tiny MLP, 1.0 elsewhere, 0.85 where the primal half is recomputed; memory (2 + b) times the
+Parts and targets: one vector, 0.7, 1.5, 2.1, 1.7 and 1.9 gradients in the order of `hvp_cases.CASES`, and 1.3 times the floor; blocks of
+eight, per vector 0.7 of a single one on the tiny MLP, 1.0 elsewhere, 0.85 where the primal half is recomputed; memory, (2 + b) times the
 stored activations. Products are compared with float64 double backward first; the error may be twice that of torch's own float32.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -93,17 +93,14 @@ def memory_ratio(model: nn.Module, batches: list[Any], b: int) -> float:
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", CASES)
 def test_products(benchmark: Any, name: str) -> None:
+    """One vector."""
     model, batches = CASES[name](32 if QUICK else 1)
     params = list(model.parameters())
     backends = {backend: fastsharp.Hessian(model, batches, LOSS, backend=backend) for backend in ("auto", "rop", "autograd")}
     n = backends["auto"].n
-    g = torch.Generator().manual_seed(2)
-    v, block = torch.randn(n, generator=g), torch.randn(8, n, generator=g)
-    product = backends["auto"] @ v
-    ours, torchs = error_ratio(model, batches, product, v)
+    v = torch.randn(n, generator=torch.Generator().manual_seed(2))
+    ours, torchs = error_ratio(model, batches, backends["auto"] @ v, v)
     assert ours <= max(2 * torchs, 2e-7), f"error {ours:.1e}, torch's own {torchs:.1e}"
-    tight = fastsharp.Hessian(model, batches, LOSS, memory=sum(x.nbytes + y.nbytes for x, y in batches) * 2 + 1)  # graphs never fit
-
     runs: dict[str, Callable[[], Any]] = {
         "gradient": lambda: [torch.autograd.grad(LOSS(model(x), y), params) for x, y in batches],
         "floor": floor(model, LOSS, batches),
@@ -111,46 +108,76 @@ def test_products(benchmark: Any, name: str) -> None:
         "kept graph": lambda: backends["autograd"] @ v,
         "engine": lambda: backends["rop"] @ v,
         "auto": lambda: backends["auto"] @ v,
-        "auto, b = 8": lambda: backends["auto"].apply(block),
+    } | rivals(model, batches, v)
+    fields = _timed(name, runs)
+    seconds = fields["median_s"]
+    fields |= {"target": TARGETS[name], "over_floor": seconds["auto"] / seconds["floor"], "error": ours, "error_of_torch": torchs}
+    print(f"  auto / floor {fields['over_floor']:.2f}; to reach {TARGETS[name]} gradients; error {ours:.1e} (torch {torchs:.1e})")
+    benchmark.extra_info.update({"over_gradient": fields["over_gradient"]["auto"], "over_floor": fields["over_floor"]})
+    benchmark.pedantic(runs["auto"], rounds=1)
+    _record(name, "one vector", n, fields)
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", CASES)
+def test_blocks(benchmark: Any, name: str) -> None:
+    """Eight vectors, with the primal half kept and recomputed."""
+    model, batches = CASES[name](32 if QUICK else 1)
+    params = list(model.parameters())
+    kept = fastsharp.Hessian(model, batches, LOSS)
+    tight = fastsharp.Hessian(model, batches, LOSS, memory=sum(x.nbytes + y.nbytes for x, y in batches) * 2 + 1)  # graphs never fit
+    block = torch.randn(8, kept.n, generator=torch.Generator().manual_seed(2))
+    v = block[0].clone()
+    one = kept @ v
+    for together in (kept.apply(block)[0], tight.apply(block)[0]):  # the same sums in another order
+        assert float((together - one).norm()) <= 100 * torch.finfo(one.dtype).eps * float(one.norm())
+    runs: dict[str, Callable[[], Any]] = {
+        "gradient": lambda: [torch.autograd.grad(LOSS(model(x), y), params) for x, y in batches],
+        "auto": lambda: kept @ v,
+        "auto, b = 8": lambda: kept.apply(block),
         "recomputed": lambda: tight @ v,
         "recomputed, b = 8": lambda: tight.apply(block),
-    } | rivals(model, batches, v)
+    }
+    fields = _timed(name, runs)
+    seconds = fields["median_s"]
+    fields["block_of_8_per_vector"] = seconds["auto, b = 8"] / 8 / seconds["auto"]
+    fields["recomputed_block_of_8_per_vector"] = seconds["recomputed, b = 8"] / 8 / seconds["recomputed"]
+    print("  per vector of one: kept {block_of_8_per_vector:.2f}, recomputed {recomputed_block_of_8_per_vector:.2f}".format(**fields))
+    benchmark.extra_info.update({label: fields[label] for label in fields if label.endswith("per_vector")})
+    benchmark.pedantic(runs["auto"], rounds=1)
+    _record(name, "blocks", kept.n, fields)
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", CASES)
+def test_memory(name: str) -> None:
+    """Counted, not timed."""
+    model, batches = CASES[name](32 if QUICK else 1)
+    ratios = {b: memory_ratio(model, batches, b) for b in (1, 8)}
+    print(f"\n{name}: memory over activations, by b: " + ", ".join(f"{b}: {ratio:.2f}" for b, ratio in ratios.items()))
+    _record(name, "memory", sum(p.numel() for p in model.parameters()), {"memory_over_activations": ratios})
+
+
+def _timed(name: str, runs: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """The fields of a row that every timed part has; prints the table."""
     repeat = 20 if name == "tiny mlp" and not QUICK else 1  # below a millisecond a single call is mostly noise
-    timings = interleaved(
-        [Variant(label, lambda f=f: [f() for _ in range(repeat)], 0) for label, f in runs.items()], 1 if QUICK else REPS, v.device
-    )
+    variants = [Variant(label, lambda f=f: [f() for _ in range(repeat)], 0) for label, f in runs.items()]
+    timings = interleaved(variants, 1 if QUICK else REPS, torch.device("cpu"))
     seconds = {label: t.median / repeat for label, t in timings.items()}
     ratios = {label: s / seconds["gradient"] for label, s in seconds.items()}
-    row = {
-        "case": name,
-        "n": n,
+    print(f"\n{name}: times a gradient ({seconds['gradient']:.2g} s)")
+    for label, ratio in ratios.items():
+        print(f"  {label:20s} {ratio:6.2f}")
+    return {
         "over_gradient": ratios,
-        "target": TARGETS[name],
-        "over_floor": seconds["auto"] / seconds["floor"],
-        "block_of_8_per_vector": seconds["auto, b = 8"] / 8 / seconds["auto"],
-        "recomputed_block_of_8_per_vector": seconds["recomputed, b = 8"] / 8 / seconds["recomputed"],
-        "memory_over_activations": {b: memory_ratio(model, batches, b) for b in (1, 8)},
-        "error": ours,
-        "error_of_torch": torchs,
         "median_s": seconds,
         "q20_s": {label: t.q20 / repeat for label, t in timings.items()},
         "q80_s": {label: t.q80 / repeat for label, t in timings.items()},
-        "reps": timings["auto"].reps,
-        "tests_green": True,
-        **stamp(),
+        "reps": timings["gradient"].reps,
     }
-    print(f"\n{name}: times a gradient ({statistics.fmean([seconds['gradient']]):.2g} s); to reach {TARGETS[name]}")
-    for label, ratio in ratios.items():
-        print(
-            f"  {label:20s} {ratio:6.2f}"
-            + ("  (per vector %.2f of one)" % (ratio / 8 / ratios[label[:-7]]) if label.endswith("b = 8") else "")
-        )
-    print(
-        f"  auto / floor {row['over_floor']:.2f}; memory over activations {row['memory_over_activations']}; error {ours:.1e} (torch {torchs:.1e})"
-    )
-    benchmark.extra_info.update({"over_gradient": ratios["auto"], "over_floor": row["over_floor"]})
-    benchmark.pedantic(runs["auto"], rounds=1)
-    if QUICK:
-        return
-    with (RESULTS / "hvp.jsonl").open("a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+
+
+def _record(name: str, part: str, n: int, fields: dict[str, Any]) -> None:
+    if not QUICK:
+        with (RESULTS / "hvp.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"case": name, "part": part, "n": n, **fields, "tests_green": True, **stamp()}) + "\n")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 Pass = Callable[[], Any]
@@ -31,8 +32,8 @@ class _Products(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         moving = [t.untyped_storage().data_ptr() in self._moving for t in tensors]
-        if any(moving) and isinstance(out, torch.Tensor):
-            self._moving.add(out.untyped_storage().data_ptr())
+        if any(moving):  # norms return their statistics as well
+            self._moving |= {t.untyped_storage().data_ptr() for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
         self._held.append(out)
         if func is aten.convolution.default:
             self._convolution(args, out)

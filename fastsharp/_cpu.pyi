@@ -82,46 +82,15 @@ def probes_f32(kind: int, seed: int, first: int, out: int, ldo: int, b: int, n: 
 
 probes_f64 = probes_f32
 
-def mlp_tile_size_f32(layers: int, widths: int, weights: int, biases: int, curved: bool, loss: int, samples: int, n: int) -> int: ...
+def mlp_tile_size_f32(net: tuple[int, ...]) -> int: ...
 
 mlp_tile_size_f64 = mlp_tile_size_f32
 
-def mlp_workspace_size_f32(
-    layers: int,
-    widths: int,
-    weights: int,
-    biases: int,
-    curved: bool,
-    loss: int,
-    samples: int,
-    n: int,
-    rows: int,
-    threads: int,
-) -> int: ...
+def mlp_workspace_size_f32(net: tuple[int, ...], rows: int, threads: int) -> int: ...
 
 mlp_workspace_size_f64 = mlp_workspace_size_f32
 
-def mlp_product_f32(
-    layers: int,
-    widths: int,
-    weights: int,
-    biases: int,
-    curved: bool,
-    loss: int,
-    samples: int,
-    n: int,
-    gauss: bool,
-    cache: int,
-    theta: int,
-    rows: int,
-    member: int,
-    V: int,
-    V_row: int,
-    out: int,
-    out_row: int,
-    work: int,
-    threads: int,
-) -> None: ...
+def mlp_product_f32(net: tuple[int, ...], gauss: bool, cache: int, theta: int, rows: tuple[int, ...], work: int, threads: int) -> None: ...
 
 mlp_product_f64 = mlp_product_f32
 
@@ -204,3 +173,4 @@ def simd_supported() -> str: ...
 def set_simd(level: str) -> bool: ...
 def openmp() -> str: ...
 def cuda_status() -> str: ...
+def stub() -> int: ...

@@ -136,6 +136,10 @@ class Batches:
         _, batch = next(iter(self))
         return batch
 
+    def single(self) -> Any | None:
+        """The only batch, None where there are several or they are streamed."""
+        return self._frozen[0] if len(self._frozen) == 1 else None
+
     def check_unchanged(self) -> None:
         """Frozen tensors belong to the caller where a list was handed in; an in-place edit changes the matrix."""
         if self._present_versions() != self._versions:
@@ -226,6 +230,10 @@ class Batches:
 
         afresh   read from other random states, so that a draw that depends on them shows
         """
+        if isinstance(self._loader, (list, tuple)):  # reading one draws nothing
+            with torch.inference_mode(False):
+                yield
+            return
         own = {g: g.get_state() for g in _generators(self._loader)}
         with rng_restored(self._device), torch.inference_mode(False):
             try:

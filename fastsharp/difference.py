@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 DIFFERENCE_GATE = 1e-5  # of ||Hv||: healthy networks stay below 5e-10, the weakest planted fault was 1.4e-2
 _SAMPLES = 32
-_STEP = 1e-6  # of max(1, ||theta||)
+STEP = 1e-6  # of max(1, ||theta||)
 _BESIDE = 1e-4  # of max(1, ||theta||): 100 times the largest step, 0.01 % of a typical weight
 _AGREE = 0.3  # errors of two steps closer than this share of their norm are one and the same fault
 _ATTEMPTS = ((1.0, _SAMPLES, False), (0.1, _SAMPLES, False), (0.1, 4, True))  # share of the step, samples, beside the weights
@@ -46,6 +46,7 @@ _LADDER = tuple(10.0**-e for e in range(7))  # shares of the step on one sample
 _CANDIDATES = 8  # samples among which the one with the largest loss is taken: a saturated one tells nothing
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+Found = TypeVar("Found")
 
 
 def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator) -> tuple[float, bool]:
@@ -55,14 +56,14 @@ def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator
     beside = double.theta + _BESIDE * size / float(aside.norm()) * aside
     best = float("inf")
     for shrink, samples, moved in _ATTEMPTS:
-        found = _error(double, beside if moved else double.theta, v, _STEP * size * shrink, lambda count=samples: double.limit(count))  # type: ignore[misc]
+        found = _error(double, beside if moved else double.theta, v, STEP * size * shrink, lambda count=samples: double.limit(count))  # type: ignore[misc]
         best = min(best, best if found is None else found[0])
         if best <= DIFFERENCE_GATE:
             return best, False
     chosen = double.hardest(_CANDIDATES)
     rungs = []
     for shrink in _LADDER:
-        found = _error(double, beside, v, _STEP * size * shrink, lambda: double.limit(1, chosen))
+        found = _error(double, beside, v, STEP * size * shrink, lambda: double.limit(1, chosen))
         if found is not None:
             rungs.append(found)
             if found[0] <= DIFFERENCE_GATE:
@@ -76,6 +77,12 @@ def mismatch(double: DoubleGradient, v: torch.Tensor, generator: torch.Generator
     return best, False
 
 
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """||got - exact|| / ||exact||; of a product that is zero, ||got||."""
+    scale = float(exact.norm())
+    return float((got - exact).norm()) / (scale or 1.0)
+
+
 def _error(
     double: DoubleGradient, point: torch.Tensor, v: torch.Tensor, h: float, cut: Callable[[], None]
 ) -> tuple[float, torch.Tensor] | None:
@@ -86,13 +93,18 @@ def _error(
         E = (double.gradient(point + h * v) - double.gradient(point - h * v)) / (2 * h) - Hv
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
-    error, scale, slope = float(E.norm()), float(Hv.norm()), float(g.norm())
+    error, scale, slope = E.norm(), Hv.norm(), g.norm()
     if not error < float("inf") or scale == slope == 0.0:
         return None
+    return float(share(error, scale, slope, h)), E
+
+
+def share(error: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, h: float | torch.Tensor) -> torch.Tensor:
+    """||E|| / ||Hv|| from ||E||, ||Hv|| and ||g||, entry by entry; at most the gate where rounding of g is all that can be seen."""
     # a gradient that hardly depends on the weights leaves rounding to compare with; below 1e-9 of it nothing can be said
-    unseen = error <= min(128 * torch.finfo(torch.float64).eps * slope / h, 1e-9 * slope)
-    share = error / scale if scale else float("inf")
-    return (min(share, DIFFERENCE_GATE) if unseen else share), E
+    unseen = error <= torch.minimum(128 * torch.finfo(torch.float64).eps * slope / h, 1e-9 * slope)
+    found = torch.where(scale > 0.0, error / scale, torch.inf)
+    return torch.where(unseen, found.clamp(max=DIFFERENCE_GATE), found)
 
 
 class DoubleGradient:
@@ -151,16 +163,10 @@ class DoubleGradient:
     def rounding(self, v: torch.Tensor) -> float:
         """||A v - (A v in float64)|| / ||A v|| for the operator's own products: what the model's precision loses, on the same samples."""
         self.limit(_SAMPLES)
-        try:
-            exact = self.exact(v)
-        except RuntimeError as e:
-            if self._operator.backend != "rop" or not lacks_second_derivative(e):
-                raise
-            exact = self.by_engine(v)[0]
+        exact = self._or_by_engine(lambda: self.exact(v), lambda: self.by_engine(v)[0])
         own = torch.zeros(1, len(v), dtype=self._objective.dtype, device=v.device)
         self._operator.minibatch_products(self._single, self._key).products.add_products(v.to(own.dtype)[None], own, 1.0)
-        scale = float(exact.norm())
-        return float((own[0].double() - exact).norm()) / scale if scale else 0.0
+        return relative_error(own[0].double(), exact)
 
     def exact(self, v: torch.Tensor) -> torch.Tensor:
         """A v at the weights by autograd, for the matrix of the operator."""
@@ -199,12 +205,16 @@ class DoubleGradient:
 
     def product(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(H v, g) at theta, by the engine where it computes the products and torch has no second derivative."""
+        return self._or_by_engine(lambda: self._by_autograd(theta, v), lambda: (self.by_engine(v, theta=theta)[0], self.gradient(theta)))
+
+    def _or_by_engine(self, by_autograd: Callable[[], Found], by_engine: Callable[[], Found]) -> Found:
+        """By the engine where it computes the products and torch has no second derivative."""
         try:
-            return self._by_autograd(theta, v)
+            return by_autograd()
         except RuntimeError as e:
             if self._operator.backend != "rop" or not lacks_second_derivative(e):
                 raise
-        return self.by_engine(v, theta=theta)[0], self.gradient(theta)
+        return by_engine()
 
     def _by_autograd(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         leaves = [view.detach().requires_grad_() for view in self._layout.views(theta)]

@@ -18,7 +18,7 @@ from fastsharp.curvature.autograd import graph_products, lacks_second_derivative
 from fastsharp.curvature.batch_products import Request
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.rop.tape import Unrecorded
-from fastsharp.difference import DoubleGradient
+from fastsharp.difference import DoubleGradient, relative_error
 from fastsharp.errors import DoubleBackwardError, EngineError
 
 DOUBLE_GATE = 1e-8  # of ||Av||
@@ -55,7 +55,7 @@ def _measured(operator: FiniteSum, index: int, batch: Any, double: DoubleGradien
             pass  # the float64 copy takes another way through the model
         else:
             exact = double.exact(v)
-            error = _share(got, exact)
+            error = relative_error(got, exact)
             if not error <= DOUBLE_GATE:
                 raise EngineError(_message(operator, got - exact, error, DOUBLE_GATE, _fault(double, v, exact, names)))
             return error
@@ -67,25 +67,20 @@ def _measured(operator: FiniteSum, index: int, batch: Any, double: DoubleGradien
     for products, row in ((made.products, pair[:1]), (want.products, pair[1:])):
         products.add_products(v.to(operator.dtype)[None], row, 1.0)
     got, exact = pair.double()
-    error = _share(got, exact)
+    error = relative_error(got, exact)
     if not error <= OWN_GATE:
         raise EngineError(_message(operator, got - exact, error, OWN_GATE, ""))
     return error
 
 
-def _share(got: torch.Tensor, exact: torch.Tensor) -> float:
-    scale = float(exact.norm())
-    return float((got - exact).norm()) / scale if scale else float(got.norm())
-
-
 def _fault(double: DoubleGradient, v: torch.Tensor, exact: torch.Tensor, names: list[tuple[str, str]]) -> str:
     """The call whose rule is at fault: the last of the fewest calls that, taken by their rules, spoil the product. By bisection."""
     low, high = 0, len(names)  # by rules for `low` calls the product is right, for `high` it is not
-    if not _share(double.by_engine(v, 0)[0], exact) <= DOUBLE_GATE:
+    if not relative_error(double.by_engine(v, 0)[0], exact) <= DOUBLE_GATE:
         return " in calls that were folded into one"
     while high - low > 1:
         middle = (low + high) // 2
-        right = _share(double.by_engine(v, middle)[0], exact) <= DOUBLE_GATE
+        right = relative_error(double.by_engine(v, middle)[0], exact) <= DOUBLE_GATE
         low, high = (middle, high) if right else (low, middle)
     op, module = names[high - 1]
     return f" at {op} in {module or 'the model itself or the loss'}"

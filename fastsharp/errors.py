@@ -7,7 +7,8 @@ A message names the object (module, parameter, batch, file), the cause and one t
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,17 @@ class FastsharpError(Exception):
 
     def __str__(self) -> str:
         return f"{super().__str__()} [{self.code}]"
+
+
+@contextmanager
+def of_member(e: int) -> Iterator[None]:
+    """Errors from in here say which member of an ensemble they belong to."""
+    try:
+        yield
+    except FastsharpError as error:
+        if not str(error).startswith("member "):
+            error.args = (f"member {e}: {error.args[0]}", *error.args[1:])
+        raise
 
 
 # --- FS1xx: what the caller handed in -------------------------------------------------------------------------------

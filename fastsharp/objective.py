@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,9 +128,6 @@ class Objective:
 
     def provenance(self) -> dict[str, Any]:
         """Versions, device, and hashes of data and weights."""
-        digest = hashlib.blake2b(digest_size=16)
-        for p in self.selection.params:
-            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return {
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -142,7 +139,7 @@ class Objective:
             "n": self.selection.layout.n,
             "samples": self.batches.count,
             "data_hash": self.batches.digest(),
-            "weights_hash": digest.hexdigest(),
+            "weights_hash": weights_hash(self.selection.params),
         }
 
     # --- weights: recorded at construction, compared at each product and, by value, around each run ---
@@ -162,7 +159,7 @@ class Objective:
         present = self._present_marks()
         if present != self._marks:
             changed = [name for name in self._marks if present.get(name) != self._marks[name]]
-            raise _stale(changed or [name for name in present if name not in self._marks])
+            raise stale(changed or [name for name in present if name not in self._marks])
         self.batches.check_unchanged()
 
     def check_values(self) -> None:
@@ -171,7 +168,7 @@ class Objective:
         present = self._present_sums()
         changed = [name for name, total in self._sums.items() if present[name] != total]
         if changed:
-            raise _stale(changed)
+            raise stale(changed)
 
     def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.model.named_parameters()
@@ -222,7 +219,15 @@ class _AttentionSeen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _stale(changed: list[str]) -> StaleOperatorError:
+def weights_hash(params: Iterable[torch.Tensor]) -> str:
+    """Hash of the parameters' bytes in their order; one flat vector of them gives the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for p in params:
+        digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def stale(changed: list[str]) -> StaleOperatorError:
     return StaleOperatorError(
         f"changed since the operator was built: {listing(changed, 4)}.\n"
         "An operator is the Hessian at the weights of its construction. Call operator.refresh(), or build a new one."

@@ -136,7 +136,7 @@ class SymmetricOperator(ABC):
 
 
 class EnsembleOperator(ABC):
-    """E symmetric matrices of one dimension, multiplied together; subclasses define `_apply` alone.
+    """E symmetric matrices of one dimension, multiplied together; subclasses define `_apply` and `member`.
 
     E, n      members and their dimension
     dtype     float32 or float64
@@ -149,6 +149,10 @@ class EnsembleOperator(ABC):
     @abstractmethod
     def _apply(self, V: torch.Tensor, member: torch.Tensor, out: torch.Tensor) -> None:
         """out[r] <- A_member[r] V[r] for checked rows."""
+
+    @abstractmethod
+    def member(self, e: int) -> SymmetricOperator:
+        """Matrix number e by itself, with its notes, settings, provenance and layout."""
 
     def check_unchanged(self) -> None:
         """Raise StaleOperatorError if a matrix is no longer the one of construction."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fastsharp.batches import tensors_of
+from fastsharp.batches import Batches, tensors_of
 from fastsharp.curvature.batch_products import BatchProducts
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.difference import DIFFERENCE_GATE, DoubleGradient, mismatch
@@ -63,7 +63,7 @@ def preflight(operator: FiniteSum, level: str = "fast", *, strict_data: bool = F
     outcome: dict[str, Any] = {"level": level}
     if level != "off":
         objective = operator.objective
-        outcome["data"] = check_data(operator, level, strict_data)
+        outcome["data"] = check_data(objective.batches, level, strict_data)
         with objective.quiet():
             for index, batch in _chosen_batches(operator, level):
                 generator = torch.Generator().manual_seed(seed + 7919 * index)
@@ -79,12 +79,12 @@ def preflight(operator: FiniteSum, level: str = "fast", *, strict_data: bool = F
                     both = isinstance(value, float) and isinstance(outcome.get(name), float)
                     if both or not isinstance(outcome.get(name), str):  # a check that could not be run on some batch stays "not run"
                         outcome[name] = max(outcome[name], value) if both else value
-    outcome["notes"] = _notes(outcome)
+    outcome["notes"] = outcome_notes(outcome)
     operator.preflight = outcome
     return outcome
 
 
-def _notes(outcome: dict[str, Any]) -> tuple[str, ...]:
+def outcome_notes(outcome: dict[str, Any]) -> tuple[str, ...]:
     """What a result must say of the outcome."""
     notes = []
     if isinstance(unmeasured := outcome.get("finite_difference"), str):
@@ -98,9 +98,8 @@ def _notes(outcome: dict[str, Any]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def check_data(operator: FiniteSum, level: str, strict: bool) -> str:
+def check_data(batches: Batches, level: str, strict: bool) -> str:
     """Draw the loader again; "other samples" is a warning, or with `strict` NondeterministicOperatorError."""
-    batches = operator.objective.batches
     found = batches.recheck() if level == "full" else batches.redraw()
     if found == "other samples":
         message = (
@@ -136,16 +135,24 @@ def _check_products(operator: FiniteSum, index: int, batch: Any, generator: torc
     again = _rows(operator.minibatch_products(batch, index).products, V)[0]
     if not bool(torch.isfinite(HV).all()):
         raise NonFiniteError(_where_not_finite(operator, HV))
-    repeat = float((again - HV[0]).norm().double() / HV[0].norm().double().clamp_min(torch.finfo(torch.float64).tiny))
+    repeat, symmetry = defects(V, HV, again)
     if repeat > (0.0 if operator.device.type == "cpu" else REPEAT_GATE * eps):
         raise NondeterministicOperatorError(
             f"two products with the same vector differ by {repeat:.2e} of their norm: the model or loss is random.\n"
             "Look for dropout called as a function, noise layers or sampling; call model.eval() or remove it."
         )
+    return {"repeat": repeat, "symmetry": symmetry}
+
+
+def defects(V: torch.Tensor, HV: torch.Tensor, again: torch.Tensor) -> tuple[float, float]:
+    """(||again - Hv_0|| / ||Hv_0||, the largest |u'Hv - v'Hu| / max(||u|| ||Hv||, ||v|| ||Hu||)) for probes V and products HV (p, n)."""
+    tiny = torch.finfo(torch.float64).tiny
     U, W = V.double(), HV.double()
-    cross, room = U @ W.T, torch.outer(U.norm(dim=1), W.norm(dim=1))
-    defect = float(((cross - cross.T).abs() / torch.maximum(room, room.T).clamp_min(torch.finfo(torch.float64).tiny)).max())
-    return {"repeat": repeat, "symmetry": defect}
+    norms = W.norm(dim=1)
+    repeat = float((again.double() - W[0]).norm() / norms[0].clamp_min(tiny))
+    cross, room = U @ W.T, torch.outer(U.norm(dim=1), norms)
+    symmetry = (cross - cross.T).abs() / torch.maximum(room, room.T).clamp_min(tiny)
+    return repeat, float(symmetry.max())
 
 
 def _check_draws(operator: FiniteSum, index: int, batch: Any) -> None:
@@ -237,12 +244,17 @@ def _check_gauss_newton(operator: FiniteSum, double: DoubleGradient | str, gener
     """
     V = torch.randn(3, operator.n, generator=generator, dtype=torch.float64).to(operator.dtype).to(operator.device)
     batch = operator.objective.batches.first()
-    U, W = V.double(), _rows(operator.minibatch_products(batch, 0).products, V).double()
-    room = (U.norm(dim=1) * W.norm(dim=1)).clamp_min(torch.finfo(torch.float64).tiny)
-    measured = {"least_curvature": float(((U * W).sum(dim=1) / room).min())}
+    measured = {"least_curvature": least_curvature(V, _rows(operator.minibatch_products(batch, 0).products, V))}
     if isinstance(double, DoubleGradient):
-        measured["rounding"] = _rounding(operator, double, U[0])
+        measured["rounding"] = _rounding(operator, double, V[0].double())
     return measured
+
+
+def least_curvature(V: torch.Tensor, GV: torch.Tensor) -> float:
+    """The least v'Gv / (||v|| ||Gv||) of probes and their products (p, n)."""
+    U, W = V.double(), GV.double()
+    room = (U.norm(dim=1) * W.norm(dim=1)).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(((U * W).sum(dim=1) / room).min())
 
 
 def _rounding(operator: FiniteSum, double: DoubleGradient, v: torch.Tensor) -> float:

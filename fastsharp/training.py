@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from fastsharp import rng
-from fastsharp.api.subject import checked, first_steps
+from fastsharp.api.subject import checked, first_steps, kind_of
 from fastsharp.callbacks import LightningCallback as LightningCallback
 from fastsharp.callbacks import PlainCallback as PlainCallback
 from fastsharp.callbacks import TrainerCallback as TrainerCallback
-from fastsharp.curvature.hessian import Hessian
+from fastsharp.curvature import FiniteSum
+from fastsharp.curvature.backends import check_backend
 from fastsharp.errors import ArgumentTypeError, InputError
 from fastsharp.krylov.request import check_arguments
 from fastsharp.krylov.tracking import Carried, follow
@@ -48,13 +49,14 @@ class Record:
 
 
 class Tracker:
-    """lambda_1 .. lambda_k of the loss Hessian through training, by warm-started Lanczos; lambda_max lr / 2 beside them.
+    """lambda_1 .. lambda_k of the loss Hessian (or Gauss-Newton matrix) through training, by warm-started Lanczos; lambda_max lr / 2 beside them.
 
         tracker = fastsharp.Tracker(model, loader, lr=optimizer)
         ...
         tracker.update()                 every so many steps; `tracker.history` has the record
 
-    model, loader, loss_fn, params, reduction, bn, dropout, memory: as in `fastsharp.lanczos`; the data are frozen at the first update
+    model, loader, loss_fn, params, reduction, bn, dropout, operator, backend, memory: as in `fastsharp.lanczos`; the data are frozen at
+               the first update
     k          how many of the largest eigenvalues
     tol        relative accuracy of each value: of min(r, r^2/gap) for criterion "value", of the residual for "residual"
     every      steps between updates, for the callbacks
@@ -85,6 +87,8 @@ class Tracker:
         reduction: str = "auto",
         bn: str | None = None,
         dropout: str | None = None,
+        operator: str = "hessian",
+        backend: str = "auto",
         memory: str | int = "auto",
         preflight: str = "fast",
     ) -> None:
@@ -100,12 +104,12 @@ class Tracker:
         self._solver["method"] = "lanczos"
         check_arguments(max(sum(p.numel() for p in model.parameters()), 1), **self._solver)
         self.every, self.newcomers_every, self.lr = every, newcomers_every, lr
-        self._build: Callable[[], Hessian] = lambda: Hessian(
-            model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed
-        )
+        kind = kind_of(operator)
+        options: dict[str, Any] = {"bn": bn, "dropout": dropout, "backend": check_backend(backend), "memory": memory, "seed": seed}
+        self._build: Callable[[], FiniteSum] = lambda: kind(model, loader, loss_fn, params=params, reduction=reduction, **options)
         self._level, self._seed = preflight, seed
         self._generator = rng.generator(seed)
-        self._hessian: Hessian | None = None
+        self._matrix: FiniteSum | None = None
         self._checked: dict[str, Any] | None = None
         self._carried: Carried | None = None
         self._records: list[Record] = []
@@ -121,24 +125,24 @@ class Tracker:
         step  the number under which the record goes; by default `every` after the last one, from 0
         """
         rate = _rate(self.lr if lr is None else lr)
-        if self._hessian is None:
+        if self._matrix is None:
             with first_steps():
-                self._hessian = self._build()
+                self._matrix = self._build()
         else:
-            self._hessian.refresh()
-        hessian = self._hessian
+            self._matrix.refresh()
+        matrix = self._matrix
         try:
             if self._checked is None:
-                checked(hessian, preflight=self._level, seed=self._seed)
-                self._checked = hessian.preflight
-            hessian.preflight = self._checked
-            request = check_arguments(hessian.n, **self._solver)
-            hessian.check_unchanged()
+                checked(matrix, preflight=self._level, seed=self._seed)
+                self._checked = matrix.preflight
+            matrix.preflight = self._checked
+            request = check_arguments(matrix.n, **self._solver)
+            matrix.check_unchanged()
             with torch.inference_mode(False), torch.no_grad():
-                found = follow(hessian, request, self._carried, self._generator, newcomers_every=self.newcomers_every)
-            hessian.check_unchanged()
+                found = follow(matrix, request, self._carried, self._generator, newcomers_every=self.newcomers_every)
+            matrix.check_unchanged()
         finally:
-            hessian.release()
+            matrix.release()
         values = tuple(found.pairs.eigenvalues.tolist())
         if step is None:
             step = self._records[-1].step + self.every if self._records else 0

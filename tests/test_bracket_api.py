@@ -162,3 +162,16 @@ def test_functions_of_the_grouping_are_refused():
         fastsharp.bracket(model, data)
     with unchanged(model):
         assert fastsharp.bracket(model, data, bn="eval", dropout="eval", rtol=0.5).lower > 0
+
+
+def test_operator_and_backend_are_those_of_lanczos():
+    n = net("mlp_tanh")
+    G = fastsharp.GGN(n.model, n.batches, n.loss_fn)
+    top = float(torch.linalg.eigvalsh(G.apply(torch.eye(G.n, dtype=G.dtype)))[-1])
+    run = fastsharp.bracket(n.model, n.batches, n.loss_fn, operator="ggn", backend="autograd")
+    assert run.samples == run.total == SAMPLES and run.lower <= top <= run.upper and run.upper - run.lower <= 1e-2 * top
+    assert (run.settings["operator"], run.settings["backend"]) == ("ggn", "autograd")
+    with pytest.raises(InputError, match="operator='fisher' is none of"):
+        fastsharp.bracket(n.model, n.batches, n.loss_fn, operator="fisher")
+    with pytest.raises(InputError, match="backend='jax' is none of"):
+        fastsharp.bracket(n.model, n.batches, n.loss_fn, backend="jax")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastsharp
 from fastsharp.curvature.rop.rule import RULES
-from fastsharp.errors import DisconnectedLossError, DoubleBackwardError, EmptyLoaderError, ModelModeError
+from fastsharp.errors import DisconnectedLossError, DoubleBackwardError, EmptyLoaderError, InputError, ModelModeError
 from fastsharp.results import Calls
 from tests.unchanged import unchanged
 
@@ -147,3 +147,26 @@ def test_many_modules_are_cut_short():
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9)))
     line = next(s for s in str(fastsharp.explain(model, (torch.randn(4, 3), torch.arange(4) % 3))).splitlines() if s.startswith("linear"))
     assert line.endswith("0, 1, 2, 3 and 5 more")
+
+
+def test_the_gauss_newton_matrix_and_its_refusal():
+    model, (x, y) = problem()
+    with unchanged(model, x, y):
+        explanation = fastsharp.explain(model, (x, y), nn.CrossEntropyLoss(), operator="ggn")
+    assert explanation.backend == "rop" and explanation.calls
+    with pytest.raises(InputError, match="operator='fisher' is none of 'hessian', 'ggn'"):
+        fastsharp.explain(model, (x, y), nn.CrossEntropyLoss(), operator="fisher")
+
+    def penalised(z: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(z, target) + model[0].weight.square().sum()
+
+    assert fastsharp.explain(model, (x, y), penalised).backend == "rop"
+    with pytest.raises(InputError, match="not only through the network's output"):
+        fastsharp.explain(model, (x, y), penalised, operator="ggn")
+
+
+def test_why_products_would_not_be_cuda_graphs():
+    model, batch = problem()
+    assert fastsharp.explain(model, batch, nn.CrossEntropyLoss()).cuda_graph == ""
+    custom = fastsharp.explain(Custom(Doubled), batch, nn.CrossEntropyLoss())
+    assert custom.cuda_graph == "autograd walks its graph on the host" and f": {custom.cuda_graph}" in str(custom)

@@ -283,3 +283,19 @@ def test_trainer_itself(task: Any, tmp_path: Any) -> None:
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=12, use_cpu=True, report_to=[], disable_tqdm=True)
     transformers.Trainer(model=Model(), args=arguments, train_dataset=rows, callbacks=[TrainerCallback(tracker)]).train()
     assert [r.step for r in tracker.history] == [5, 10] and tracker.history[0].lr is not None
+
+
+def test_operator_and_backend_are_those_of_lanczos(task: Any) -> None:
+    model, x, y = task
+    tracker = Tracker(model, [(x, y)], operator="ggn", backend="autograd", tol=1e-4)
+    with unchanged(model, x, y):
+        pairs = tracker.update()
+    G = fastsharp.GGN(model, [(x, y)])
+    top = float(torch.linalg.eigvalsh(G.apply(torch.eye(G.n)))[-1])
+    assert tracker.history[0].eigenvalues[0] == pytest.approx(top, rel=1e-3)
+    assert (pairs.settings["operator"], pairs.settings["backend"]) == ("ggn", "autograd")
+    assert top != pytest.approx(float(fastsharp.lanczos(model, [(x, y)], k=1, tol=1e-4, progress=False).eigenvalues[0]), rel=1e-3)
+    with pytest.raises(InputError, match="operator='fisher' is none of"):
+        Tracker(model, [(x, y)], operator="fisher")
+    with pytest.raises(InputError, match="backend='jax' is none of"):
+        Tracker(model, [(x, y)], backend="jax")

@@ -7,6 +7,10 @@
 
 #include "fastsharp/status.hpp"
 
+#ifndef FASTSHARP_STUB // set by setup.py: a checksum of the stub (.pyi) that the module was built for
+#define FASTSHARP_STUB 0U
+#endif
+
 namespace fastsharp::bindings {
 
 using Address = std::uintptr_t;

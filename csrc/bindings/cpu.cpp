@@ -4,9 +4,9 @@
 #include "check.hpp"
 #include "dual.hpp"
 #include "fastsharp/krylov.hpp"
-#include "fastsharp/mlp.hpp"
 #include "fastsharp/parallel.hpp"
 #include "fastsharp/simd.hpp"
+#include "mlp.hpp"
 
 #ifndef FASTSHARP_CUDA_STATUS // set by setup.py: what became of _cuda in the same build
 #define FASTSHARP_CUDA_STATUS "no record of the build"
@@ -69,35 +69,14 @@ template <class S, class T> void basis(pybind11::module_& m, const std::string& 
           Release());
 }
 
-fs::MlpShape shape(i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n) {
-    return {layers, at<const i64>(widths), at<const i64>(weights), at<const i64>(biases), curved, static_cast<fs::MlpLoss>(loss), samples,
-            n};
-}
-
 template <class T> void mlp(pybind11::module_& m, const std::string& t) {
-    m.def(("mlp_tile_size_" + t).c_str(),
-          [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n) {
-              return k::mlp_tile_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n));
-          });
-    m.def(("mlp_workspace_size_" + t).c_str(), [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss,
-                                                  i64 samples, i64 n, i64 rows, int threads) {
-        return k::mlp_workspace_size<T>(shape(layers, widths, weights, biases, curved, loss, samples, n), rows, threads);
-    });
+    namespace f = fs::bindings;
+    m.def(("mlp_tile_size_" + t).c_str(), [](f::NetOf net) { return k::mlp_tile_size<T>(f::shape(net)); });
+    m.def(("mlp_workspace_size_" + t).c_str(),
+          [](f::NetOf net, i64 rows, int threads) { return k::mlp_workspace_size<T>(f::shape(net), rows, threads); });
     m.def(("mlp_product_" + t).c_str(),
-          [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n, bool gauss,
-             Address cache, Address theta, i64 rows, Address member, Address V, i64 V_row, Address out, i64 out_row, Address work,
-             int threads) {
-              const fs::MlpProduct<T> p{shape(layers, widths, weights, biases, curved, loss, samples, n),
-                                        gauss,
-                                        at<const T>(cache),
-                                        at<const T>(theta),
-                                        rows,
-                                        at<const i64>(member),
-                                        at<const T>(V),
-                                        V_row,
-                                        at<T>(out),
-                                        out_row};
-              check(k::mlp_product(p, at<T>(work), threads));
+          [](f::NetOf net, bool gauss, Address cache, Address theta, f::MemberRows rows, Address work, int threads) {
+              check(k::mlp_product(f::product<T>(net, gauss, cache, theta, rows), at<T>(work), threads));
           },
           Release());
 }
@@ -138,4 +117,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("set_simd", [](const char* level) { return fs::set_simd(level); });
     m.def("cuda_status", [] { return FASTSHARP_CUDA_STATUS; });
     m.def("openmp", [] { return fs::openmp().path; });
+    m.def("stub", [] { return FASTSHARP_STUB; });
 }

@@ -4,6 +4,7 @@
 #include "check.hpp"
 #include "dual.hpp"
 #include "fastsharp/krylov.hpp"
+#include "mlp.hpp"
 
 namespace fs = fastsharp;
 namespace k = fastsharp::cuda;
@@ -77,6 +78,18 @@ template <class T> struct Duals {
     }
 };
 
+template <class T> void mlp(pybind11::module_& m, const std::string& t) {
+    namespace f = fs::bindings;
+    m.def(("mlp_tile_size_" + t).c_str(), [](f::NetOf net) { return k::mlp_tile_size<T>(f::shape(net)); });
+    m.def(("mlp_workspace_size_" + t).c_str(),
+          [](f::NetOf net, i64 rows, int, Address) { return k::mlp_workspace_size<T>(f::shape(net), rows, {}); });
+    m.def(("mlp_product_" + t).c_str(),
+          [](f::NetOf net, bool gauss, Address cache, Address theta, f::MemberRows rows, Address work, int device, Address stream) {
+              check(k::mlp_product(f::product<T>(net, gauss, cache, theta, rows), at<T>(work), {}, device, at<void>(stream)));
+          },
+          Release());
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -96,5 +109,8 @@ PYBIND11_MODULE(_cuda, m) {
         const fs::Extent e = fs::bindings::extent(sizes);
         return k::norm_workspace(e, k::RowLaunch::of(e));
     });
+    mlp<float>(m, "f32");
+    mlp<double>(m, "f64");
     m.def("workspace_size", [](i64 E, i64 b, i64 n, i64 j) { return k::workspace_size(LaunchConfig::of(n), E, b, j); });
+    m.def("stub", [] { return FASTSHARP_STUB; });
 }

@@ -35,7 +35,7 @@ for kind in asan tsan; do
         start $kind ${level[$kind]} -c "$source" -o "objects/cpu_$(basename "$source" .cpp).$kind.o"
     done
     for source in "$csrc"/cuda/*.cu; do start $kind -O0 -x c++ -c "$source" -o "objects/cuda_$(basename "$source" .cu).$kind.o"; done
-    for test in krylov dual; do
+    for test in krylov dual mlp; do
         start $kind -O0 -c "$here/test_${test}_cuda_host.cpp" -o objects/host_$test.$kind.o
         start $kind -O0 -DFS_FLOAT_ALONE -c "$here/test_${test}_cuda_host.cpp" -o objects/float_$test.$kind.o
     done
@@ -47,7 +47,7 @@ for kind in asan tsan; do
     # shellcheck disable=SC2086
     for test in krylov dual mlp; do compile $kind $kernels objects/cpu_test_${test}_cpu.$kind.o -o programs/test_${test}_cpu.$kind -ldl; done
     # shellcheck disable=SC2086
-    for test in krylov dual; do
+    for test in krylov dual mlp; do
         compile $kind objects/cuda_*.$kind.o $kernels objects/host_$test.$kind.o -o programs/test_${test}_cuda_host.$kind -ldl
     done
 done
@@ -88,7 +88,7 @@ mutant() { # what, expected text, kind, unit, file, sed script
     sed -i -E '/^FS_INSTANTIATE\((double|Half|BFloat16)/d' "$folder/$4.cu"
     compile "$3" -w -O0 -x c++ -c "$folder/$4.cu" -o "$folder/$4.o" || { echo "FAILED  $1: does not compile"; return; }
     test=krylov
-    if [[ $4 = dual_* ]]; then test=dual; fi
+    case $4 in dual_*) test=dual ;; mlp) test=mlp ;; esac
     # the mutant comes first, so that its inline functions are the ones linked
     source=$(printf '%s\n' objects/cuda_*."$3".o objects/cpu_*."$3".o | grep -vE "/(cuda_$4|cpu_test_.*)\.")
     # shellcheck disable=SC2086
@@ -102,6 +102,7 @@ for kind in tsan asan; do
     result pass $kind test_krylov_cpu
     result pass $kind test_dual_cpu
     result pass $kind test_mlp_cpu
+    result pass $kind test_mlp_cuda_host
     result pass $kind planted sound
     result pass $kind planted early_return
 done
@@ -137,6 +138,13 @@ result mutant "an ignored row is read" "== gap" asan dual_softmax_ce dual_softma
 result mutant "a sum that misses its rescaling" "room\[" asan dual_softmax_ce dual_softmax_ce.cu 's/s\[0\] \*= share_of(m, top);$/;/'
 result mutant "the second term without its mean" "room\[" asan dual_norm norm_row.cuh 's/ - s.mean - h \* s.along/ - h * s.along/'
 result mutant "members share a basis" "got" asan update update.cu 's/p.V + e \* p.V_member/p.V/'
+result mutant "a stage written too early" "data race" tsan mlp mlp.cu 's/__syncthreads(); \/\/ before the stage.*//'
+result mutant "classes summed without a barrier" "data race" tsan mlp mlp.cu '/void loss_hessian(/,/^}/s/^    __syncthreads();$//'
+result mutant "columns beyond a layer" "heap-buffer-overflow" asan mlp mlp.cu 's/if (row < rows && column < columns)/if (row < rows)/'
+result mutant "depth beyond a layer" "heap-buffer-overflow" asan mlp mlp.cu 's/ && k + d < term.depth/ || true/'
+result mutant "no curvature of the activation" "mlp\[" asan mlp mlp.cu 's/const bool curved = q.curved \&\& !gauss/const bool curved = false/'
+result mutant "slabs that overwrite each other" "mlp\[" asan mlp mlp.cu 's/rows.out_slab = q.n/rows.out_slab = 0/'
+result mutant "every row by the weights of net 0" "mlp\[" asan mlp mlp.cu 's/rows.theta + e \* q.n/rows.theta/'
 wait
 cat results/*
 if grep -qE "^(FAILED|MISSED)" results/*; then exit 1; fi

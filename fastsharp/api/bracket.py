@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsharp.api.subject import checked
-from fastsharp.curvature.hessian import Hessian
+from fastsharp.api.subject import checked, kind_of
+from fastsharp.curvature import FiniteSum
 from fastsharp.errors import ArgumentTypeError, InputError, ModelModeError
 from fastsharp.krylov.bracket import bracket as krylov_bracket
 from fastsharp.krylov.bracket import check_arguments
@@ -31,11 +31,13 @@ def bracket(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
+    backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
     preflight: str = "fast",
 ) -> Bracket:
-    """lower <= lambda_max(H) <= upper for the Hessian H of a mean loss over all samples, from random samples of growing size.
+    """lower <= lambda_max(H) <= upper for the Hessian (or Gauss-Newton matrix) H of a mean loss over all samples, from growing random samples.
 
         result = fastsharp.bracket(model, dataset)
         print(result.lower, result.upper, result.samples)
@@ -48,7 +50,7 @@ def bracket(
     confidence  that lambda_max lies in the interval, at one sample size
     start       samples at first; doubled until the interval is narrow enough; once that takes more than half of the data, all are taken
     folds       parts of each half of the sample: margins come from their spread
-    params, reduction, bn, dropout, memory, preflight: as in `fastsharp.lanczos`
+    params, reduction, bn, dropout, operator, backend, memory, preflight: as in `fastsharp.lanczos`
     seed        of the random order of the samples and of the Krylov runs' start vectors
 
     Returns Bracket. Cost: `n_products` products of one sample, about 25 to 30 times `samples` in all.
@@ -63,32 +65,33 @@ def bracket(
         raise InputError(
             "bracket: a loss of the whole batch is no mean over samples, so parts of a batch say nothing. Use fastsharp.lanczos."
         )
+    kind = kind_of(operator)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     samples = Samples(loader, device, memory)
     check_arguments(samples.count, rtol=rtol, confidence=confidence, start=start, folds=folds, seed=seed)
-    hessians: list[Hessian] = []  # the first one, which watches the weights
+    first: list[FiniteSum] = []  # the first one, which watches the weights
 
-    def operator_of(indices: torch.Tensor) -> Hessian:
-        for first in hessians:
-            first.check_unchanged()
-        known = hessians[0].objective.reduction if hessians else reduction
-        batches = samples.take(indices)
-        hessian = Hessian(model, batches, loss_fn, params=params, reduction=known, bn=bn, dropout=dropout, memory=memory, seed=seed)
-        if not hessians:
-            _check_samples(hessian)
-            checked(hessian, preflight=preflight, seed=seed)
-            hessians.append(hessian)
-        return hessian
+    def operator_of(indices: torch.Tensor) -> FiniteSum:
+        for one in first:
+            one.check_unchanged()
+        known = first[0].objective.reduction if first else reduction
+        options: dict[str, Any] = {"params": params, "bn": bn, "dropout": dropout, "backend": backend, "memory": memory, "seed": seed}
+        matrix = kind(model, samples.take(indices), loss_fn, reduction=known, **options)
+        if not first:
+            _check_samples(matrix)
+            checked(matrix, preflight=preflight, seed=seed)
+            first.append(matrix)
+        return matrix
 
     with torch.inference_mode(False), torch.no_grad():
         return krylov_bracket(operator_of, samples.count, rtol=rtol, confidence=confidence, start=start, folds=folds, seed=seed)
 
 
-def _check_samples(hessian: Hessian) -> None:
+def _check_samples(matrix: FiniteSum) -> None:
     """The loss must be a mean over samples, each of them a function of the weights alone."""
-    if hessian.objective.reduction == "sum":
+    if matrix.objective.reduction == "sum":
         raise InputError("bracket: the loss is a sum, which grows with the number of samples. Pass reduction='mean', or a mean loss.")
-    if hessian.objective.modes.by_batch():
+    if matrix.objective.modes.by_batch():
         raise ModelModeError(
             "bracket: frozen batch statistics and dropout masks depend on how samples are grouped, so parts are other functions.\n"
             "Choose bn='eval' and dropout='eval'."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastsharp.api.ensemble_check import check_ensemble
 from fastsharp.api.subject import basis_memory, checked, first_steps, operator_of
+from fastsharp.batches import Batches, Budget
 from fastsharp.curvature import FiniteSum
 from fastsharp.curvature.batch_products import Unavailable
 from fastsharp.curvature.ensemble import GenericEnsemble, MlpEnsemble
-from fastsharp.errors import ArgumentTypeError, InputError
-from fastsharp.krylov.ensemble import lanczos_ensemble, of_member
+from fastsharp.errors import ArgumentTypeError, InputError, of_member
+from fastsharp.krylov.ensemble import lanczos_ensemble
 from fastsharp.krylov.plan import whole_bytes
 from fastsharp.krylov.request import check_arguments
-from fastsharp.operator import EnsembleOperator
 from fastsharp.progress import Progress
 from fastsharp.results import Eigenpairs
 
@@ -49,29 +50,54 @@ def ensemble_lanczos(
     build   arguments of the operators, solve: of the solver
     """
     data = loaders_of(loaders, _models(models))
-    operators: list[FiniteSum] = []
-    for e, (model, loader) in enumerate(zip(models, data, strict=True)):
+
+    def alone(e: int, **options: Any) -> FiniteSum:
         with of_member(e):
-            operator = operator_of(model, loader, loss_fn, preflight=preflight, memory=memory, **build)
+            operator = operator_of(models[e], data[e], loss_fn, preflight=preflight, memory=memory, **{**build, **options})
         assert isinstance(operator, FiniteSum)
-        operators.append(operator)
-    first = operators[0]
-    request = check_arguments(first.n, **{name: value for name, value in solve.items() if name != "v0"})
+        return operator
+
     with first_steps(), torch.inference_mode(False):
-        together = _together(operators, build["backend"])
-        native = isinstance(together, MlpEnsemble)
-        if isinstance(together, MlpEnsemble) and preflight == "fast":
-            check_ensemble(together, operators, data, strict_data=strict_data, seed=solve["seed"])
+        together = _together(alone, models, data, memory, build)
+        request = check_arguments(together.n, **{name: value for name, value in solve.items() if name != "v0"}, check="off")
+        if isinstance(together, MlpEnsemble):
+            first = together.first
+            if preflight == "fast":
+                check_ensemble(together, lambda e: alone(e, backend="mlp"), strict_data=strict_data, seed=solve["seed"])
+            elif preflight == "full":
+                together.preflight = [_checked(alone(e, backend="mlp"), e, "full", strict_data, solve["seed"]) for e in range(together.E)]
         else:
-            for e, operator in enumerate(operators):
-                with of_member(e):
-                    checked(operator, preflight=preflight, strict_data=strict_data, seed=solve["seed"])
-    budget: dict[str, Any] = basis_memory(first, memory, len(operators) * whole_bytes(first.n, first.dtype, request))
+            first = together.member(0)
+            for e in range(together.E):
+                _checked(together.member(e), e, preflight, strict_data, solve["seed"])
+    budget: dict[str, Any] = basis_memory(first, memory, together.E * whole_bytes(together.n, together.dtype, request))
     shown = Progress(progress)
     with shown, torch.inference_mode(False), torch.no_grad():
-        results = lanczos_ensemble(together, operators, check="off", on_step=shown.on_step, **budget, **solve)
-    extra: dict[str, Any] = {"ensemble": len(operators)} | ({"backend": "mlp"} if native else {})
-    return [dataclasses.replace(result, settings={**result.settings, **extra}) for result in results]
+        results = lanczos_ensemble(together, request, v0=solve["v0"], on_step=shown.on_step, **budget)
+    return [dataclasses.replace(result, settings={**result.settings, "ensemble": together.E}) for result in results]
+
+
+def _together(
+    alone: Callable[..., FiniteSum], models: Sequence[nn.Module], data: Sequence[Any], memory: str | int, build: dict[str, Any]
+) -> MlpEnsemble | GenericEnsemble:
+    """The members as one operator: by the native kernel where it applies, else one after the other."""
+    if build["backend"] in _NATIVE and not callable(build["params"]):  # a callable may choose by values
+        first = alone(0, backend="mlp")
+        budget = Budget.of(memory, first.device).total // 2 // len(models)
+        batches = [first.objective.batches]
+        with contextlib.suppress(Unavailable):  # then the same matrices, member by member
+            for e in range(1, len(models)):
+                with of_member(e):
+                    batches.append(batches[0] if data[e] is data[0] else Batches(data[e], first.device, budget))
+            return MlpEnsemble(first, models, batches)
+    return GenericEnsemble([alone(e) for e in range(len(models))])
+
+
+def _checked(operator: FiniteSum, e: int, level: str, strict_data: bool, seed: int) -> dict[str, Any]:
+    """The outcome of the preflight of member e by itself."""
+    with of_member(e):
+        checked(operator, preflight=level, strict_data=strict_data, seed=seed)
+    return operator.preflight
 
 
 def loaders_of(loaders: Any, E: int) -> list[Any]:
@@ -85,9 +111,10 @@ def loaders_of(loaders: Any, E: int) -> list[Any]:
     if not isinstance(loaders, (list, tuple)):
         one_pass = isinstance(loaders, Iterable) and not isinstance(loaders, _SINGLE)
         return [list(loaders) if one_pass else loaders] * E
+    given, loaders = loaders, [list(entry) if isinstance(entry, Iterator) else entry for entry in loaders]  # one may be read more than once
     batches = [_is_batch(entry) for entry in loaders]
     if _is_batch(loaders) or (batches and all(batches)):
-        return [loaders] * E
+        return [given] * E
     if any(batches):
         raise InputError(
             f"entry {batches.index(True)} of the loaders is a batch, entry {batches.index(False)} a loader.\n"
@@ -95,7 +122,7 @@ def loaders_of(loaders: Any, E: int) -> list[Any]:
         )
     if len(loaders) != E:
         raise InputError(f"{len(loaders)} loaders for {E} models. Pass one loader for all of them, or a list with one for each.")
-    return list(loaders)
+    return loaders
 
 
 def _is_batch(entry: Any) -> bool:
@@ -120,13 +147,3 @@ def _models(models: Sequence[Any]) -> int:
                 "The models of one call share an architecture. Measure others by calls of their own."
             )
     return len(models)
-
-
-def _together(operators: Sequence[FiniteSum], backend: str) -> EnsembleOperator:
-    """The operators as one, by the native kernel where it applies."""
-    if backend in _NATIVE:
-        try:
-            return MlpEnsemble(operators)
-        except Unavailable:  # member by member the same products, and the same matrices
-            pass
-    return GenericEnsemble(operators)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from fastsharp.api.subject import kind_of
 from fastsharp.batches import as_loader
-from fastsharp.curvature import Hessian
 from fastsharp.curvature.backends import MAKERS, candidates
-from fastsharp.curvature.batch_products import Request, Unavailable
+from fastsharp.curvature.batch_products import BatchProducts, Request, Unavailable
 from fastsharp.curvature.engine import TapeProducts
 from fastsharp.curvature.rop.linearise import Row
 from fastsharp.params import Selector
@@ -25,28 +25,31 @@ def explain(
     params: Selector = None,
     bn: str | None = None,
     dropout: str | None = None,
+    operator: str = "hessian",
 ) -> Explanation:
-    """Which backend computes the products of this model's Hessian, why, and what serves each of its calls.
+    """Which backend computes the products of this model's Hessian (or Gauss-Newton matrix), why, and what serves each of its calls.
 
         print(fastsharp.explain(model, batch, loss_fn))
 
     batch      one batch; of a loader the first one
-    loss_fn, params, bn, dropout   as in `fastsharp.lanczos`
+    loss_fn, params, bn, dropout, operator   as in `fastsharp.lanczos`
 
-    Returns Explanation: `.backend`, `.refusals` {backend: reason}, `.calls` (ATen name, count, "rule" or "island", modules).
+    Returns Explanation: `.backend`, `.refusals` {backend: reason}, `.calls` (ATen name, count, "rule" or "island", modules),
+    `.cuda_graph` (why products on a GPU are not replayed as CUDA graphs, "" where they are).
     Cost: one linearisation of the batch by each backend; no product is computed.
     Raises subclasses of FastsharpError where products cannot be had at all.
     """
     first = next(iter(as_loader(batch)), None)
-    hessian = Hessian(model, [] if first is None else [first], loss_fn, params=params, bn=bn, dropout=dropout)
-    request = Request(hessian.objective, 0, hessian.objective.batches.first())
+    matrix = kind_of(operator)(model, [] if first is None else [first], loss_fn, params=params, bn=bn, dropout=dropout)
+    request = Request(matrix.objective, 0, matrix.objective.batches.first(), operator == "ggn")
     *auto, last = candidates("auto")
     refusals: dict[str, str] = {}
     calls: tuple[Calls, ...] = ()
-    with hessian.objective.quiet():
+    found: dict[str, BatchProducts] = {}
+    with matrix.objective.quiet():
         for name in (name for name in MAKERS if name != last):
             try:
-                products = MAKERS[name](request).products
+                products = found[name] = MAKERS[name](request).products
             except Unavailable as reason:
                 refusals[name] = str(reason)
                 continue
@@ -54,8 +57,9 @@ def explain(
                 calls = _by_op(products.table())
         backend = next((name for name in auto if name not in refusals), last)
         if backend == last:  # it takes every model that has products at all
-            MAKERS[last](request).products.check_twice_differentiable()
-    return Explanation(backend, refusals, calls)
+            found[last] = MAKERS[last](request).products
+            found[last].check_twice_differentiable()
+    return Explanation(backend, refusals, calls, found[backend].uncapturable)
 
 
 def _by_op(rows: list[Row]) -> tuple[Calls, ...]:

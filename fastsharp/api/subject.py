@@ -37,11 +37,10 @@ def operator_of(
     """The operator that `model` means: a Hessian or Gauss-Newton matrix of an nn.Module, else the matrix itself. Not yet checked."""
     if preflight not in LEVELS:
         raise InputError(f"preflight={preflight!r} is none of {', '.join(map(repr, LEVELS))}.")
-    if operator not in OPERATORS:
-        raise InputError(f"operator={operator!r} is none of {', '.join(map(repr, OPERATORS))}.")
+    kind = kind_of(operator)
     if isinstance(model, nn.Module):
         with first_steps():
-            return OPERATORS[operator](
+            return kind(
                 model,
                 loader,
                 loss_fn,
@@ -63,6 +62,13 @@ def operator_of(
         backend=None if backend == "auto" else backend,
     )
     return as_operator(model)
+
+
+def kind_of(operator: str) -> type[Hessian] | type[GGN]:
+    """The class that `operator=` names."""
+    if operator not in OPERATORS:
+        raise InputError(f"operator={operator!r} is none of {', '.join(map(repr, OPERATORS))}.")
+    return OPERATORS[operator]
 
 
 def checked(operator: SymmetricOperator, *, preflight: str = "fast", strict_data: bool = False, seed: int = 0) -> str:

@@ -115,6 +115,8 @@ class GaussNewtonGraph:
 class GraphProducts(BatchProducts):
     """Products by vector-Jacobian products through a kept graph, one vector after the other."""
 
+    uncapturable = "autograd walks its graph on the host"
+
     def __init__(self, graph: GradientGraph | GaussNewtonGraph, layout: ParamLayout) -> None:
         self._graph, self._layout = graph, layout
         self.unused, self.not_finite = graph.unused, graph.not_finite
@@ -135,8 +137,7 @@ class GraphProducts(BatchProducts):
 def graph_products(request: Request) -> Made:
     """Products of any model that torch can differentiate twice."""
     objective = request.objective
-    # no cache: it may hold casts that were made without a graph
-    with torch.autocast(objective.device.type, torch.bfloat16, enabled=request.bf16, cache_enabled=False):
+    with request.autocast():
         value = objective.evaluate(request.index, request.batch)
     selection = objective.selection
     graph: GradientGraph | GaussNewtonGraph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ class BatchProducts(ABC):
     not_finite  numbers of those whose gradient has NaN or Inf
     plain       products run neither the model nor autograd: no mode or flag of the caller's matters to them
     islands     single calls that torch's double backward computed within another backend, for the notes
+    uncapturable  why a product cannot become a CUDA graph; "" where it only launches kernels: always the same ones, on memory that stays
     """
 
     unused: tuple[int, ...] = ()
     not_finite: tuple[int, ...] = ()
     islands: tuple[str, ...] = ()
     plain: bool = False
+    uncapturable: str = "its backend does not promise that it can be"
 
     @abstractmethod
     def add_products(self, V: torch.Tensor, out: torch.Tensor, scale: float) -> None:
@@ -47,6 +50,10 @@ class Request:
     batch: Any
     gauss: bool = False
     bf16: bool = False
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """For the evaluation. No cache: it may hold casts that were made without a graph, and hides the casts from a tape."""
+        return torch.autocast(self.objective.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
 
 @dataclass(frozen=True)

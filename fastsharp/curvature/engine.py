@@ -14,19 +14,19 @@ from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Una
 from fastsharp.curvature.network_output import check_separable, network_output
 from fastsharp.curvature.rop.linearise import Linearised, Row
 from fastsharp.curvature.rop.tape import Tape, Unrecorded, record
+from fastsharp.errors import listing
 from fastsharp.losses import Value
 from fastsharp.params import ParamLayout
 
 
 def tape_products(request: Request) -> Made:
     """Products of any model whose evaluation can be recorded call by call; Unavailable with the reason elsewhere."""
-    if request.bf16:
-        raise Unavailable("bfloat16 products are autograd's")
     objective, selection = request.objective, request.objective.selection
     values: list[Value] = []  # of the one evaluation
 
     def evaluate() -> tuple[torch.Tensor | None, torch.Tensor]:
-        value = objective.evaluate(request.index, request.batch)
+        with request.autocast():
+            value = objective.evaluate(request.index, request.batch)
         output = network_output(value) if request.gauss else None
         if output is not None:
             check_separable(value.loss, output, selection.params, selection.names)
@@ -60,6 +60,7 @@ class TapeProducts(BatchProducts):
         self._linearised = linearised = Linearised(tape, scale=self._scale)
         self.unused = linearised.unused
         self.islands = linearised.islands
+        self.uncapturable = f"torch's double backward computes {listing(list(self.islands), 4)}" if self.islands else ""
         gradient = linearised.gradient or ()
         self.not_finite = tuple(i for i, g in enumerate(gradient) if g is not None and not bool(torch.isfinite(g).all()))
         linearised.gradient = None  # n numbers a batch would outweigh a small tape

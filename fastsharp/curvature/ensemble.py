@@ -1,30 +1,24 @@
-"""Operators of E nets of one architecture, each at its own weights and on data of its own."""
+"""Operators of E models of one dimension, each at its own weights and on data of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import final
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd import grad
+from torch import Tensor, nn
 
+from fastsharp.batches import Batches
 from fastsharp.curvature.batch_products import Unavailable
-from fastsharp.curvature.finite_sum import FiniteSum
-from fastsharp.curvature.mlp import Recognised, recognised
-from fastsharp.errors import InputError
-from fastsharp.operator import EnsembleOperator
+from fastsharp.curvature.finite_sum import FiniteSum, preflight_notes
+from fastsharp.curvature.mlp import agree
+from fastsharp.curvature.stack import evaluated, flat, share, stacked
+from fastsharp.errors import InputError, of_member
+from fastsharp.guard import version_of
+from fastsharp.objective import stale, weights_hash
+from fastsharp.operator import EnsembleOperator, SymmetricOperator
 from fastsharp.ops import mlp
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "identity": lambda z: z,
-}
+from fastsharp.params import ParamLayout
 
 
 @final
@@ -36,9 +30,13 @@ class GenericEnsemble(EnsembleOperator):
         super().__init__(len(operators), operators[0].n, operators[0].dtype, operators[0].device)
         self._operators = tuple(operators)
 
+    def member(self, e: int) -> FiniteSum:
+        return self._operators[e]
+
     def check_unchanged(self) -> None:
-        for operator in self._operators:
-            operator.check_unchanged()
+        for e, operator in enumerate(self._operators):
+            with of_member(e):
+                operator.check_unchanged()
 
     def _apply(self, V: Tensor, member: Tensor, out: Tensor) -> None:
         for e in sorted(set(member.tolist())):
@@ -50,87 +48,99 @@ class GenericEnsemble(EnsembleOperator):
 class MlpEnsemble(EnsembleOperator):
     """E plain fully connected nets of one architecture, one batch of equally many samples each: all products in one native call.
 
+    first    the operator of models[0]: what it says of itself holds for all, but for weights, data and preflight
+    batches  the data of each, those of `first` first
+
     A product reads the weights of construction. `check_unchanged` raises StaleOperatorError once a model or its data have changed.
     Raises Unavailable, with the number of the member and the reason, where the kernel does not apply.
     """
 
-    def __init__(self, operators: Sequence[FiniteSum]) -> None:
-        _check_alike(operators)
-        super().__init__(len(operators), operators[0].n, operators[0].dtype, operators[0].device)
-        self._operators = tuple(operators)
-        self._gauss = operators[0].kind == "ggn"
-        found = [self._one(e) for e in range(self.E)]
-        net, samples = found[0].net, len(found[0].x)
-        for e, f in enumerate(found):
-            if f.net != net or len(f.x) != samples:
-                raise Unavailable(f"member {e}: {f.net.widths} with {len(f.x)} samples, member 0 is {net.widths} with {samples}")
-        shares = [self._share(e, f) for e, f in enumerate(found)]
-        weights = [f.weight if share == 1.0 else f.weight * share for f, share in zip(found, shares, strict=True)]
-        parts = ([f.theta for f in found], [f.x for f in found], [f.target for f in found], weights)
-        self._prepared = mlp.prepare(net, *(torch.stack(part) for part in parts))
-        self._target = torch.stack(parts[2])
-        for e, (f, value, share) in enumerate(zip(found, self._prepared.primal.value.tolist(), shares, strict=True)):
-            if not f.agrees(value / share):
-                raise Unavailable(f"member {e}: the recognised net has the loss {value / share:.6g}, the model {f.loss:.6g}")
+    def __init__(self, first: FiniteSum, models: Sequence[nn.Module], batches: Sequence[Batches]) -> None:
+        super().__init__(len(models), first.n, first.dtype, first.device)
+        self.first, self.models, self.batches = first, tuple(models), tuple(batches)
+        self.stack = stacked(first.objective, models, batches)
+        self.gauss = first.kind == "ggn"
+        self.prepared = mlp.prepare(self.stack.net, self.stack.theta, self.stack.x, self.stack.target, self.stack.weight)
+        self.values: list[float] = self.prepared.primal.value.tolist()  # the losses
+        for e, loss in enumerate(self.stack.losses):
+            if not agree(self.values[e], loss):
+                raise Unavailable(f"member {e}: the recognised net has the loss {self.values[e]:.6g}, the model {loss:.6g}")
+        if not bool(torch.isfinite(self.prepared.primal.value).all()):
+            raise Unavailable("the loss of a member is not finite")
+        self.preflight: list[dict[str, Any]] = [{"level": "off"} for _ in models]
+        self._marks = [[(p.data_ptr(), version_of(p)) for _, _, p in member] for member in self.stack.held]
+        self._notes = tuple(first.objective.notes())
+        self._provenance = first.provenance
+
+    def member(self, e: int) -> SymmetricOperator:
+        return _MlpMember(self, e)
 
     def check_unchanged(self) -> None:
-        for operator in self._operators:
-            operator.check_unchanged()
+        names = self.first.objective.selection.names
+        for e, (held, marks) in enumerate(zip(self.stack.held, self._marks, strict=True)):
+            found = [
+                name
+                for name, (holder, key, p), mark in zip(names, held, marks, strict=True)
+                if holder.get(key) is not p or (p.data_ptr(), version_of(p)) != mark
+            ]
+            with of_member(e):
+                if found:
+                    raise stale(found)
+                self.batches[e].check_unchanged()
+        same = (flat(self.stack.held) == self.stack.theta).all(1)  # edits through .data leave no mark
+        if not bool(same.all()):
+            with of_member(int(same.logical_not().nonzero()[0])):
+                raise stale(["the parameters"])
 
-    def by_autograd(self, v: Tensor) -> Tensor:
-        """Every member's matrix times v (n,) by torch's own derivatives of the recognised nets, (E, n): what the kernel is compared with."""
-        primal = self._prepared.primal
-        net, x = primal.net, primal.a[0]
+    def loss(self, e: int) -> float:
+        """The loss of member e by its own forward pass; inside `first.objective.quiet()`."""
+        with of_member(e), torch.no_grad():
+            value = evaluated(self.first.objective, self.models[e], self.batches[e].first())
+            return float(value.loss) * share(value, self.first.objective)
 
-        def outputs(theta: Tensor) -> Tensor:
-            a = x
-            for l in range(1, net.layers + 1):  # noqa: E741
-                W, bias = net.weight(theta, l).mT, net.bias(theta, l)
-                z = a @ W if bias is None else torch.baddbmm(bias[:, None], a, W)
-                a = _ACTIVATIONS[net.activation](z)
-            return z
+    def notes(self, e: int) -> tuple[str, ...]:
+        """What a result of member e must say."""
+        return (*self._notes, *preflight_notes(self.preflight[e]))
 
-        def loss(z: Tensor) -> Tensor:  # of all members together: none depends on the weights of another
-            if net.loss == "squared":
-                return (primal.w * (z - self._target).square().sum(-1) / 2).sum()
-            each = F.cross_entropy(z.flatten(0, 1), self._target.flatten(), reduction="none")
-            return (primal.w.flatten() * each).sum()
-
-        V = v.expand(self.E, self.n)
-        with torch.enable_grad():
-            theta = primal.theta.detach().requires_grad_()
-            z = outputs(theta)
-            if not self._gauss:
-                (g,) = grad(loss(z), theta, create_graph=True)
-                return grad(g, theta, V)[0]
-            u = torch.zeros_like(z, requires_grad=True)
-            (back,) = grad(z, theta, u, create_graph=True)
-            (tangent,) = grad(back, u, V, retain_graph=True)
-            leaf = z.detach().requires_grad_()
-            (g,) = grad(loss(leaf), leaf, create_graph=True)
-            return grad(z, theta, grad(g, leaf, tangent)[0])[0]
-
-    def _one(self, e: int) -> Recognised:
-        objective = self._operators[e].objective
-        batches = list(objective.batches)
-        if len(batches) != 1:
-            raise Unavailable(f"member {e}: the data are {len(batches)} batches, expected one")
-        with objective.quiet():
-            try:
-                found = recognised(objective, *batches[0])
-            except Unavailable as reason:
-                raise Unavailable(f"member {e}: {reason}") from reason
-        return found
-
-    def _share(self, e: int, found: Recognised) -> float:
-        """The factor of a member's one batch in L = sum scale loss / sum count."""
-        count = 1.0 if self._operators[e].objective.reduction == "sum" else found.count
-        if not count or not 0.0 < found.scale / count < float("inf"):
-            raise Unavailable(f"member {e}: a batch of scale {found.scale:g} and count {count}")
-        return found.scale / count
+    def provenance(self, e: int) -> dict[str, Any]:
+        """That of the first, with the hashes of member e."""
+        data = self.batches[e]
+        own = {"samples": data.count, "data_hash": data.digest(), "weights_hash": weights_hash(self.stack.theta[e : e + 1])}
+        return {**self._provenance, **own}
 
     def _apply(self, V: Tensor, member: Tensor, out: Tensor) -> None:
-        self._prepared.product(V, member=member, out=out, gauss=self._gauss)
+        self.prepared.product(V, member=member, out=out, gauss=self.gauss)
+
+
+@final
+class _MlpMember(SymmetricOperator):
+    """One matrix of an MlpEnsemble."""
+
+    def __init__(self, ensemble: MlpEnsemble, e: int) -> None:
+        super().__init__(ensemble.n, ensemble.dtype, ensemble.device)
+        self._ensemble, self._e = ensemble, e
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._ensemble.notes(self._e)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**self._ensemble.first.settings, "preflight": self._ensemble.preflight[self._e]}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self._ensemble.provenance(self._e)
+
+    @property
+    def layout(self) -> ParamLayout:
+        return self._ensemble.first.layout
+
+    def check_unchanged(self) -> None:
+        self._ensemble.check_unchanged()
+
+    def _apply(self, V: Tensor, out: Tensor) -> None:
+        self._ensemble.apply(V, torch.full((len(V),), self._e), out=out)
 
 
 def _check_alike(operators: Sequence[FiniteSum]) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from fastsharp.batches import tensors_of
-from fastsharp.curvature.backends import BACKENDS, MAKERS, candidates
+from fastsharp.curvature.backends import MAKERS, candidates
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
+from fastsharp.curvature.cuda_graph import recorder_of
+from fastsharp.curvature.kept import KeptSum, writable
 from fastsharp.errors import (
     DeviceError,
     DisconnectedLossError,
@@ -29,6 +31,12 @@ from fastsharp.locate import non_finite_gradient
 from fastsharp.objective import Objective
 from fastsharp.operator import BF16_NOISE, TF32_NOISE, SymmetricOperator
 from fastsharp.params import ParamLayout, Selector
+
+
+def preflight_notes(outcome: dict[str, Any]) -> tuple[str, ...]:
+    """What a result says of its preflight."""
+    return (*outcome.get("notes", ()), *(("unchecked: preflight='off'",) if outcome["level"] == "off" else ()))
+
 
 _NOISE = {"bf16": BF16_NOISE, "tf32": TF32_NOISE}
 Own = TypeVar("Own", bound="FiniteSum")
@@ -54,15 +62,14 @@ class FiniteSum(SymmetricOperator):
         memory: str | int = "auto",
         seed: int = 0,
     ) -> None:
-        if backend not in BACKENDS:
-            raise InputError(f"backend={backend!r} is none of {', '.join(map(repr, BACKENDS))}.")
+        order = candidates(backend)
         self.objective = Objective(
             model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed
         )
         super().__init__(self.objective.selection.layout.n, self.objective.dtype, self.objective.device)
         self.preflight: dict[str, Any] = {"level": "off"}
         self._options = {"bn": bn, "dropout": dropout, "memory": memory}
-        self._candidates = candidates(backend)  # backends to be used, the first of them at present
+        self._candidates = order  # backends to be used, the first of them at present
         self._refusals: list[str] = []  # why an earlier candidate was left
         self._precision: str | None = None  # of cheap products; None: the parameters' dtype
         self._relatives: weakref.WeakSet[FiniteSum] = weakref.WeakSet()  # operators on this objective: they share its budget
@@ -81,9 +88,8 @@ class FiniteSum(SymmetricOperator):
     def cheap(self: Own, precision: str) -> Own:
         """The same matrix by cheaper products, for `precision=` of the solvers: its eigenpairs need correction by exact products.
 
-        "bf16"   the forward pass under torch.autocast: weights stay float32, activations and their products are bfloat16; always by
-                 autograd. Measured error of a product: 4e-3 to 2e-2 of its norm on small networks, more beside the kinks of ReLU and
-                 max-pool
+        "bf16"   the forward pass under torch.autocast: weights stay float32, activations, their tangents and products are bfloat16.
+                 Measured error of a product: 4e-3 to 2e-2 of its norm on small networks, more beside the kinks of ReLU and max-pool
         "tf32"   float32 matrix products and convolutions by TF32 units, CUDA only
         Data, weights and the watch over them are shared; graphs are kept apart, within one budget. float32 parameters only.
         Raises InputError, DtypeError, DeviceError.
@@ -98,7 +104,7 @@ class FiniteSum(SymmetricOperator):
             raise DeviceError(f"precision='tf32': the model is on {self.device}, TF32 units are on CUDA devices. Use precision='auto'.")
         twin = copy.copy(self)
         twin._precision = precision
-        twin._candidates = candidates("autograd") if precision == "bf16" else list(self._candidates)
+        twin._candidates = list(self._candidates)
         twin._refusals = []
         twin._reset()
         return twin
@@ -112,6 +118,11 @@ class FiniteSum(SymmetricOperator):
         """The backend of the products: what "auto" took, as far as batches have been seen."""
         return self._candidates[0]
 
+    @property
+    def cuda_graph(self) -> tuple[int, ...]:
+        """Numbers of rows b for which products are replayed as a CUDA graph at present; `notes` name the reason where there is none."""
+        return () if self._sum is None else self._sum.replayed
+
     def _reset(self) -> None:
         self._relatives.add(self)
         self._records = self.objective.records
@@ -121,6 +132,7 @@ class FiniteSum(SymmetricOperator):
         self._denominator: float | None = None
         self._unused: tuple[str, ...] = ()
         self._islands: dict[str, None] = {}
+        self._sum: KeptSum | None = None
 
     def refresh(self: Own) -> Own:
         """Take the model's present weights; the data stay the frozen ones, the preflight runs anew before a solver. Returns self."""
@@ -152,10 +164,9 @@ class FiniteSum(SymmetricOperator):
             notes.append(
                 f"{len(self._kept)} batches kept their graph; the others exceed the memory budget and are recomputed in every product"
             )
-        notes.extend(self.preflight.get("notes", ()))
-        if self.preflight["level"] == "off":
-            notes.append("unchecked: preflight='off'")
-        return tuple(notes)
+        if self._sum is not None and self._sum.refusal:
+            notes.append(f"products without a CUDA graph: {self._sum.refusal}")
+        return (*notes, *preflight_notes(self.preflight))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -221,22 +232,27 @@ class FiniteSum(SymmetricOperator):
         self.objective.check_marks()
         if self._records != self.objective.records:
             raise StaleOperatorError("the weights were taken anew by another operator on these data. Call refresh() on this one as well.")
-        kept = self._denominator is not None and self._all_kept
-        plain = kept and all(products.plain for products, _ in self._kept.values())
-        with torch.no_grad() if plain else self.objective.quiet(forward=not kept, tf32=self._precision == "tf32"):
-            # autograd takes no tensor made under inference_mode, and writing into one is refused outside of it
-            total = torch.zeros_like(V) if out.is_inference() else out.zero_()
-            rows = V.clone() if V.is_inference() else V
-            if kept:
-                for products, scale in self._kept.values():
-                    products.add_products(rows, total, scale)
-            else:
-                while not self._passed(rows, total):
-                    total.zero_()
+        if self._denominator is not None and self._all_kept:
+            self._kept_sum().product(V, out, self._fits)
+            return
+        with self.objective.quiet(tf32=self._precision == "tf32"), writable(V, out) as (rows, total):
+            while not self._passed(rows, total):
+                total.zero_()
             if self._denominator not in (None, 1.0):
                 total.div_(self._denominator)
-        if total is not out:
-            out.copy_(total)
+
+    def _kept_sum(self) -> KeptSum:
+        if self._sum is None:
+            assert self._denominator is not None
+            tf32 = self._precision == "tf32"
+            recorder = recorder_of(self.device)
+            self._sum = KeptSum(self._kept.values(), self._denominator, self.objective, tf32=tf32, recorder=recorder)
+        return self._sum
+
+    def _fits(self, nbytes: int) -> bool:
+        """Whether so much more may be held, beside what operators on this objective hold."""
+        held = sum(o._kept_bytes + (0 if o._sum is None else o._sum.nbytes) for o in self._relatives)
+        return held + nbytes <= self.objective.graph_budget
 
     def _passed(self, V: torch.Tensor, total: torch.Tensor) -> bool:
         """One pass over the data; False where the backend refused a batch and the next one has to start over."""
@@ -276,8 +292,7 @@ class FiniteSum(SymmetricOperator):
 
     def _keep(self, index: int, products: BatchProducts, scale: float, ignore: set[int]) -> None:
         size = products.nbytes(ignore) if self._all_kept else 0
-        taken = sum(operator._kept_bytes for operator in self._relatives)
-        if self._all_kept and not self.objective.batches.streamed and taken + size <= self.objective.graph_budget:
+        if self._all_kept and not self.objective.batches.streamed and self._fits(size):
             self._kept[index] = (products, scale)
             self._kept_bytes += size
         else:

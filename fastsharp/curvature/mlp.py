@@ -7,18 +7,21 @@ activations, the parameters or the loss on its way is a reason to leave the batc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
+from fastsharp.losses import Value
 from fastsharp.objective import Objective
 from fastsharp.ops import mlp
+from fastsharp.params import ParamLayout
 
 _ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -99,6 +102,8 @@ class _Trace(TorchFunctionMode):
             self.x = input
         elif input is not self._at or self._value is not None:
             self.refusal = "a linear layer does not follow the layer before it"
+        if not torch.is_grad_enabled():
+            self.refusal = "a linear layer is evaluated under no_grad"
         if input.dim() != 2:
             self.refusal = f"the input of a linear layer has {input.dim()} dimensions"
         self.layers.append(_Layer(weight, bias))
@@ -129,30 +134,43 @@ class Recognised:
     x: Tensor
     target: Tensor
     weight: Tensor
+    options: dict[str, Any]  # the loss's own arguments
     loss: float
     scale: float
     count: float | None
 
     def agrees(self, own: float) -> bool:
         """Whether the loss of the recognised net is that of the model."""
-        return abs(own - self.loss) <= 1e-4 * max(abs(own), 1e-3)
+        return agree(own, self.loss)
+
+
+def agree(value: float, loss: float) -> bool:
+    """Whether the loss of a recognised net is that of the model."""
+    return abs(value - loss) <= 1e-4 * max(abs(value), 1e-3)
 
 
 def recognised(objective: Objective, index: Any, batch: Any) -> Recognised:
     """The plain net behind one evaluation of a batch, inside `objective.quiet()`; Unavailable with the reason where there is none."""
-    if objective.device.type != "cpu":
-        raise Unavailable(f"the native kernel runs on the CPU, the model is on {objective.device}")
-    params = tuple(objective.selection.params)
-    trace = _Trace(tuple(objective.model.parameters()))
+    if objective.device.type != "cpu" and not mlp.native(objective.device):
+        raise Unavailable(f"there is no native kernel for the model's device, {objective.device}, in this installation")
+    selection = objective.selection
+    return followed(objective.model, selection.params, selection.layout, lambda: objective.evaluate(index, batch))
+
+
+def followed(model: nn.Module, params: tuple[Tensor, ...], layout: ParamLayout, evaluate: Callable[[], Value]) -> Recognised:
+    """The plain net behind what `evaluate` computes with the chosen parameters of a model; Unavailable where there is none."""
+    trace = _Trace(tuple(model.parameters()))
     with trace:
-        value = objective.evaluate(index, batch)
-    net = _net(trace, params, objective.selection.layout.offsets)
+        value = evaluate()
+    net = _net(trace, params, layout.offsets)
     theta = torch.cat([p.detach().reshape(-1) for p in params])
-    return Recognised(net, theta, *_data(trace, value.loss.dtype), float(value.loss.detach()), value.scale, value.count)
+    x, target, weight = _data(trace, value.loss.dtype)
+    options = {name: value for name, value in trace.options.items() if name not in ("input", "target")}
+    return Recognised(net, theta, x, target, weight, options, float(value.loss.detach()), value.scale, value.count)
 
 
 def mlp_products(request: Request) -> Made:
-    """Products of one batch of a plain fully connected net on the CPU; Unavailable with the reason elsewhere."""
+    """Products of one batch of a plain fully connected net; Unavailable with the reason elsewhere."""
     if request.bf16:
         raise Unavailable("bfloat16 products are autograd's")
     objective = request.objective
@@ -190,21 +208,31 @@ def _data(trace: _Trace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     assert x is not None
     if x.dtype != dtype or x.requires_grad:
         raise Unavailable(f"the input is {x.dtype}, the loss {dtype}")
-    target, mean = given["target"], given.get("reduction", "mean") == "mean"
+    target = given["target"]
     if trace.loss == "squared":
-        return x.contiguous(), target.to(dtype).contiguous(), x.new_full((len(x),), 2.0 / target.numel() if mean else 2.0)
-    if target.dim() != 1:
+        target = target.to(dtype)
+    elif target.dim() != 1:
         raise Unavailable(f"the target of cross-entropy has {target.dim()} dimensions")
-    valid = target != given.get("ignore_index", -100)
+    return x.contiguous(), target.contiguous(), sample_weights(trace.loss, given, target, dtype)
+
+
+def sample_weights(loss: str | None, options: dict[str, Any], target: Tensor, dtype: torch.dtype) -> Tensor:
+    """w_i of L = sum_i w_i loss_i, (..., N), for targets (..., N) of cross-entropy or (..., N, d) of the squared error |z - target|^2 / 2."""
+    mean = options.get("reduction", "mean") == "mean"
+    if loss == "squared":
+        samples, size = target.shape[-2:]
+        return torch.full(target.shape[:-1], 2.0 / (samples * size) if mean else 2.0, dtype=dtype, device=target.device)
+    valid = target != options.get("ignore_index", -100)
     weight = valid.to(dtype)
-    if given.get("weight") is not None:
-        weight = weight * given["weight"].to(dtype)[target.where(valid, 0)]
-    return x.contiguous(), target.contiguous(), weight / weight.sum() if mean else weight
+    if options.get("weight") is not None:
+        weight = weight * options["weight"].to(dtype)[target.where(valid, 0)]
+    return weight / weight.sum(-1, keepdim=True) if mean else weight
 
 
 @final
 class _MlpProducts(BatchProducts):
     plain = True
+    uncapturable = "the native kernel takes a batch in one launch or two"
 
     def __init__(self, prepared: mlp.Prepared, gauss: bool, offsets: tuple[int, ...]) -> None:
         self._prepared, self._gauss = prepared, gauss

@@ -10,26 +10,22 @@ Memory: members run in groups, as many at once as have room for a basis that a t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from fastsharp import ops, rng
-from fastsharp.errors import FastsharpError, Interrupted, NonFiniteError, NotSymmetricError
+from fastsharp import rng
+from fastsharp.errors import Interrupted, of_member
 from fastsharp.krylov.basis import padded
-from fastsharp.krylov.batch import Lockstep
-from fastsharp.krylov.lanczos import MIX, lanczos, mixed, report_failure
+from fastsharp.krylov.group import Group
+from fastsharp.krylov.lanczos import MIX, mixed, report_failure, solve
 from fastsharp.krylov.pairs import Found, assembled
 from fastsharp.krylov.plan import Plan, comfortable_rows, make_plan
-from fastsharp.krylov.request import Request, check_arguments, check_start
-from fastsharp.krylov.rows import exponent, normalise_rows
+from fastsharp.krylov.request import Request, check_start
 from fastsharp.krylov.stopping import StopRules, Targets, select
 from fastsharp.krylov.symmetry import PROBE_PRODUCTS, needs_probes, probe
-from fastsharp.krylov.tridiagonal import SAFE_EXPONENT
-from fastsharp.operator import EnsembleOperator, SymmetricOperator
+from fastsharp.operator import EnsembleOperator
 from fastsharp.results import Eigenpairs
 
 OnEnsembleStep = Callable[[int, tuple[float, ...], float], None]
@@ -37,52 +33,28 @@ OnEnsembleStep = Callable[[int, tuple[float, ...], float], None]
 
 def lanczos_ensemble(
     together: EnsembleOperator,
-    members: Sequence[SymmetricOperator],
+    request: Request,
     *,
-    k: int = 5,
-    which: str = "LA",
-    tol: float = 1e-3,
-    criterion: str = "residual",
-    max_iter: int | None = None,
-    method: str = "auto",
-    verify: bool = True,
     v0: torch.Tensor | None = None,
-    seed: int = 0,
-    strict: bool = False,
-    check: str = "auto",
     memory: int | None = None,
     host_memory: int | None = None,
     on_step: OnEnsembleStep | None = None,
 ) -> list[Eigenpairs]:
     """A_e x_i = lambda_i x_i for e = 1..E: the k eigenpairs of each matrix that `krylov.lanczos` gives, in a list.
 
-    together   multiplies by all of them
-    members    the same matrices one by one: their notes, settings, provenance and layout go into the results
-    v0         (n,), for all; as is the random start vector of `seed`
+    together   multiplies by all of them, and knows each by itself: its notes, settings, provenance and layout go into the results
+    request    from `check_arguments`
+    v0         (n,), for all; as is the random start vector of the seed
     on_step    called after every step as on_step(products of all members so far, wanted values of one live member, most products)
-    Other arguments as in `krylov.lanczos`.
+    memory, host_memory: as in `krylov.lanczos`.
 
     Not converged: one NotConvergedWarning a member, or NotConvergedError if `strict`; both begin with "member e: ", as does every error
     that belongs to one. Ctrl-C raises Interrupted, whose `.partial` is a list with None for members that have no pairs yet.
     """
-    n = together.n
-    request = check_arguments(
-        n,
-        k=k,
-        which=which,
-        tol=tol,
-        criterion=criterion,
-        max_iter=max_iter,
-        method=method,
-        verify=verify,
-        seed=seed,
-        strict=strict,
-        check=check,
-    )
     if v0 is not None:
-        check_start(members[0], v0)
+        check_start(together.member(0), v0)
     together.check_unchanged()
-    run = _Run(together, members, request, v0, memory, host_memory, on_step)
+    run = _Run(together, request, v0, memory, host_memory, on_step)
     try:
         run.all()
     except KeyboardInterrupt as interrupt:
@@ -99,112 +71,26 @@ def lanczos_ensemble(
     return results
 
 
-@contextmanager
-def of_member(e: int) -> Iterator[None]:
-    """Errors from in here say which member they belong to."""
-    try:
-        yield
-    except FastsharpError as error:
-        if not str(error).startswith("member "):
-            error.args = (f"member {e}: {error.args[0]}", *error.args[1:])
-        raise
-
-
-class Member(SymmetricOperator):
-    """One matrix of an ensemble by the ensemble's products, with the words of its own operator."""
-
-    def __init__(self, together: EnsembleOperator, e: int, alone: SymmetricOperator) -> None:
-        super().__init__(together.n, together.dtype, together.device)
-        self._together, self._e, self._alone = together, e, alone
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self._alone.notes
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self._alone.settings
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        return self._alone.provenance
-
-    @property
-    def layout(self) -> Any:
-        return self._alone.layout
-
-    def check_unchanged(self) -> None:
-        self._alone.check_unchanged()
-
-    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(self._together.apply(V, torch.full((len(V),), self._e)))
-
-
-class _Group(Lockstep):
-    """Runs of some members; a run that leaves the plain path is closed, and is in `alone`."""
-
-    def __init__(self, together: EnsembleOperator, members: Sequence[int], starts: torch.Tensor, steps: int) -> None:
-        super().__init__(starts, steps)
-        self._together, self._members = together, torch.tensor(members)
-        self.alone: set[int] = set()
-
-    def _multiply(self, V: torch.Tensor, runs: list[int], w: torch.Tensor) -> None:
-        self._together.apply(V, self._members[runs], out=w)
-        if self.size == 0:
-            sizes = w.abs().amax(1).tolist()
-            self.alone |= {r for r, s in zip(runs, sizes, strict=True) if math.isfinite(s) and abs(exponent(s)) > SAFE_EXPONENT[w.dtype]}
-
-    def _fault(self, run: int | None, error: NonFiniteError | NotSymmetricError) -> None:
-        if run is None:
-            raise error
-        self.alone.add(run)
-
-    def _given_up(self, run: int) -> bool:
-        return run in self.alone
-
-    def ritz(self) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The live runs, their Ritz values and vectors (a, m), (a, m, m) with vectors as columns, and all beta (a, m)."""
-        runs = self._slots[: self._live]
-        alpha = torch.tensor([self.blocks[r].alpha for r in runs], dtype=torch.float64)
-        beta = torch.tensor([self.blocks[r].beta for r in runs], dtype=torch.float64)
-        T = torch.diag_embed(alpha)
-        T.diagonal(-1, 1, 2).copy_(beta[:, :-1])
-        theta, S = torch.linalg.eigh(T)
-        for r, largest in zip(runs, theta.abs().amax(1).tolist(), strict=True):
-            self.norms[r] = max(self.norms[r], largest)
-        return runs, theta, S, beta
-
-    def vectors(self, place: int, S: torch.Tensor) -> torch.Tensor:
-        """Ritz vectors S V (k, n) of the run at this place, for rows S (k, m)."""
-        X = torch.empty((S.shape[0], self.n), dtype=self._w.dtype, device=self._w.device)
-        return normalise_rows(ops.combine(S.to(X.device).contiguous(), self._V[place, : S.shape[1], : self.n], out=X))
-
-    def retire(self, places: list[int]) -> None:
-        """No further products for the runs at these places."""
-        self._retire(places, self.size + 1)
-
-
 class _Run:
     """One call: groups of members in lockstep, single runs for what leaves the path, and the results so far."""
 
     def __init__(
         self,
         together: EnsembleOperator,
-        members: Sequence[SymmetricOperator],
         request: Request,
         v0: torch.Tensor | None,
         memory: int | None,
         host_memory: int | None,
         on_step: OnEnsembleStep | None,
     ) -> None:
-        self.together, self.members, self.request, self.v0 = together, members, request, v0
+        self.together, self.request, self.v0 = together, request, v0
         self.memory, self.host_memory, self.on_step = memory, host_memory, on_step
         self.results: dict[int, tuple[Eigenpairs, bool]] = {}
         self.n_matvec = 0
         self.probes = [0] * together.E
         self._found: dict[int, tuple[Found, bool]] = {}  # finished, not yet verified
         self._plan: Plan | None = None
-        self._now: tuple[_Group, list[int]] | None = None
+        self._now: tuple[Group, list[int]] | None = None
 
     def all(self) -> None:
         """Results for every member."""
@@ -217,9 +103,9 @@ class _Run:
                 self._single(e, request.check)
             return
         for e in range(E):
-            if needs_probes(self.members[e], request.check):
+            if needs_probes(self.together.member(e), request.check):
                 with of_member(e):
-                    probe(self._member(e), request.seed, "lanczos")
+                    probe(self.together.member(e), request.seed, "lanczos")
                 self.probes[e] = PROBE_PRODUCTS
         plan = make_plan(n, dtype, device, request, None if self.memory is None else self.memory // at_once, self.host_memory)
         self._plan = plan
@@ -243,23 +129,11 @@ class _Run:
             self.results[e] = assembled(found, self.request, self._plan, self.probes[e], None, settled=False), False
         return [self.results[e][0] if e in self.results else None for e in range(self.together.E)]
 
-    def _member(self, e: int) -> SymmetricOperator:
-        return Member(self.together, e, self.members[e])
-
     def _single(self, e: int, check: str) -> None:
         """The run of `krylov.lanczos` on this member alone; what it warns of is said at the end, with the others."""
-        arguments = {**self.request.settings(), "check": check}
-        held: list[tuple[Eigenpairs, bool]] = []
+        request = replace(self.request, check=check)
         with of_member(e):
-            lanczos(
-                self._member(e),
-                v0=self.v0,
-                memory=self.memory,
-                host_memory=self.host_memory,
-                report=lambda result, settled: held.append((result, settled)),
-                **arguments,
-            )
-        self.results[e] = held[0]
+            self.results[e] = solve(self.together.member(e), request, v0=self.v0, memory=self.memory, host_memory=self.host_memory)
 
     def _lockstep(self, members: list[int], plan: Plan) -> None:
         """Steps until every run has stopped, left the path, or reached the last step."""
@@ -267,7 +141,7 @@ class _Run:
         start = rng.normal(n, rng.generator(request.seed), dtype, self.together.device)
         start = start if self.v0 is None else mixed(self.v0, start)
         steps = min(request.max_iter, plan.rows - 1)
-        group = _Group(self.together, members, start.expand(len(members), n), steps)
+        group = Group(self.together, members, start.expand(len(members), n), steps)
         targets = Targets(request.tol, request.criterion, group.eps)
         rules = StopRules(len(members), request.k, request.which, targets, n, 1.0 if self.v0 is None else MIX)
         self._now = group, members
@@ -291,15 +165,13 @@ class _Run:
                 self.on_step(self.n_matvec, tuple(wanted.tolist()), float(request.max_iter * self.together.E))
         self._now = None
 
-    def _keep(
-        self, group: _Group, members: list[int], place: int, run: int, theta: torch.Tensor, S: torch.Tensor, *, settled: bool
-    ) -> None:
+    def _keep(self, group: Group, members: list[int], place: int, run: int, theta: torch.Tensor, S: torch.Tensor, *, settled: bool) -> None:
         """Note the wanted pairs of a run that is over; its basis is not needed any more."""
         chosen = select(theta, self.request.which, self.request.k)
         e, block = members[run], group.blocks[run]
         self._found[e] = (
             Found(
-                operator=self.members[e],
+                operator=self.together.member(e),
                 theta=theta,
                 estimates=block.beta[-1] * S[-1].abs(),
                 chosen=chosen,

@@ -46,7 +46,6 @@ def lanczos(
     host_memory: int | None = None,
     on_step: OnStep | None = None,
     on_plan: Callable[[Plan], None] | None = None,
-    report: Callable[[Eigenpairs, bool], None] | None = None,
 ) -> Eigenpairs:
     """k eigenpairs A x_i = lambda_i x_i at the end of the spectrum that `which` names, from A V' = V' T + r e_m'.
 
@@ -63,7 +62,6 @@ def lanczos(
     on_plan    called with the Plan before the first product
     on_step    called after every product as on_step(step, values, expected): products so far, the wanted Ritz values (at most k,
                in result order), and the products expected in all (max_iter while there is no trend). What it raises ends the run
-    report     called as report(result, settled) in place of the warning or error for pairs that did not converge
     ->         Eigenpairs; cost: n_matvec + n_verify + settings["probe_products"] matvecs, (n_matvec + 1 + 2 k) n elements of memory, or
                what `memory` allows
 
@@ -88,6 +86,22 @@ def lanczos(
         strict=strict,
         check=check,
     )
+    result, settled = solve(operator, request, v0=v0, memory=memory, host_memory=host_memory, on_step=on_step, on_plan=on_plan)
+    report_failure(result, request, settled)
+    return result
+
+
+def solve(
+    operator: SymmetricOperator,
+    request: Request,
+    *,
+    v0: torch.Tensor | None = None,
+    memory: int | None = None,
+    host_memory: int | None = None,
+    on_step: OnStep | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> tuple[Eigenpairs, bool]:
+    """The run of `lanczos` for checked arguments, and whether its list settled; says nothing of pairs that did not converge."""
     if v0 is not None:
         check_start(operator, v0)
     operator.check_unchanged()
@@ -95,7 +109,7 @@ def lanczos(
         with no_pairs_yet():
             result, settled = dense(operator, request), True
     else:
-        probed = needs_probes(operator, check)
+        probed = needs_probes(operator, request.check)
         if probed:
             with no_pairs_yet():
                 probe(operator, request.seed, "lanczos")
@@ -104,11 +118,7 @@ def lanczos(
             on_plan(plan)
         result, settled = _iterate(operator, request, plan, v0, PROBE_PRODUCTS if probed else 0, on_step)
     operator.check_unchanged()
-    if report is None:
-        report_failure(result, request, settled)
-    else:
-        report(result, settled)
-    return result
+    return result, settled
 
 
 def _iterate(

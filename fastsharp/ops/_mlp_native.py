@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ _LOSSES = {"cross_entropy": 0, "squared": 1}
 _TILE_BYTES, _LINE_BYTES = 256, 64
 
 
-def native_mlp(module: ModuleType, primal: Primal) -> tuple[Product, int]:
-    """The native product on the cache of these nets, and the bytes of that cache."""
+def native_mlp(module: ModuleType, place: Callable[[torch.device], tuple[int, ...]], primal: Primal) -> tuple[Product, int]:
+    """The native product on the cache of these nets, and the bytes of that cache. `place` ends the arguments: threads, or device and stream."""
     net, theta = primal.net, primal.theta
     suffix = _SUFFIX[theta.dtype]
     widths = torch.tensor(net.widths)
@@ -27,26 +28,30 @@ def native_mlp(module: ModuleType, primal: Primal) -> tuple[Product, int]:
     biases = torch.tensor([-1 if b is None else b for b in net.biases])
     tables = [_border.address(t) for t in (widths, weights, biases)]
     shape = (net.layers, *tables, net.curved, _LOSSES[net.loss], primal.samples, net.n)
-    cache = _cache(primal, getattr(module, f"mlp_tile_size_{suffix}")(*shape))
+    cache = _cache(primal, getattr(module, f"mlp_tile_size_{suffix}")(shape), transposes=theta.device.type == "cpu")
     size, kernel = getattr(module, f"mlp_workspace_size_{suffix}"), getattr(module, f"mlp_product_{suffix}")
     held = (widths, weights, biases)  # the kernel reads them at every call
     work = theta.new_empty(0)
+    member = placed = torch.empty(0, dtype=torch.int64)  # of the call before, on the host and on the device
 
-    def product(V: Tensor, member: Tensor, out: Tensor, gauss: bool) -> None:
-        nonlocal work
+    def product(V: Tensor, members: Tensor, out: Tensor, gauss: bool) -> None:
+        nonlocal work, member, placed
         assert held
-        rows, threads = V.shape[0], torch.get_num_threads()
-        needed = size(*shape, rows, threads)
-        if work.numel() < needed:
+        at = place(V.device)
+        needed = size(shape, V.shape[0], *at)
+        if work.numel() < needed or theta.is_cuda:  # there the allocator keeps streams apart
             work = theta.new_empty(needed)
-        vectors = (rows, _border.address(member), _border.address(V), V.stride(0), _border.address(out), out.stride(0))
-        _border.call(kernel, *shape, gauss, _border.address(cache), _border.address(theta), *vectors, _border.address(work), threads)
+        if not torch.equal(member, members):
+            member = members.clone()
+            placed = member.to(V.device)
+        rows = (V.shape[0], _border.address(placed), _border.address(V), V.stride(0), _border.address(out), out.stride(0))
+        _border.call(kernel, shape, gauss, _border.address(cache), _border.address(theta), rows, _border.address(work), *at)
 
     return product, cache.nbytes
 
 
-def _cache(primal: Primal, tile_size: int) -> Tensor:
-    """(E, tiles, tile size) as the header says."""
+def _cache(primal: Primal, tile_size: int, *, transposes: bool) -> Tensor:
+    """(E, tiles, tile size) as the header says, with or without the transposes of a_l."""
     net, (E, N) = primal.net, primal.w.shape
     step = _TILE_BYTES // primal.w.element_size()
     line = _LINE_BYTES // primal.w.element_size()
@@ -69,7 +74,8 @@ def _cache(primal: Primal, tile_size: int) -> Tensor:
 
     for a in primal.a:
         put(a, 0, True)
-        put(a, -(-a.shape[-1] // line) * line, False)
+        if transposes:
+            put(a, -(-a.shape[-1] // line) * line, False)
     for t in (*primal.slope, *(primal.bend if net.curved else ()), *primal.y, *(() if primal.p is None else (primal.p,))):
         put(t, 0, True)
     put(primal.w[..., None], 0, True)

@@ -1,17 +1,19 @@
 """Backends and the choice among them: one frozen record per backend, picked by device and by what is built.
 
-"cuda" and "cpu" are the native modules, "reference" is torch in float64 and always there. A missing native module is not an
-error: the reference takes over, and `fastsharp.info()` says why.
+"cuda" and "cpu" are the native modules, "reference" is torch in float64 and always there. A native module that is missing, or was
+built for another version of the source, is not an error: the reference takes over, and `fastsharp.info()` says why.
 """
 
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -99,9 +101,19 @@ def native(name: str) -> ModuleType | str:
         module = importlib.import_module(f"fastsharp._{name}")
     except ImportError as e:
         return f"fastsharp._{name} is not built, or does not load: {e}"
+    if getattr(module, "stub", int)() != _stub(name):
+        return (
+            f"fastsharp._{name} ({module.__file__}) was built for another version of this source, its interface is not that of _{name}.pyi. "
+            "Build it anew: pip install -v . (or python setup.py build_ext --inplace)"
+        )
     if name == "cuda" and not torch.cuda.is_available():
         return "fastsharp._cuda is built, but torch sees no GPU"
     return module
+
+
+def _stub(name: str) -> int:
+    """What setup.py writes into a module: the checksum of the stub for which it was built."""
+    return zlib.crc32((Path(__file__).parents[1] / f"_{name}.pyi").read_text(encoding="utf-8").encode())
 
 
 def choose(device: torch.device) -> Backend:
@@ -174,7 +186,7 @@ def _native_backend(name: str, module: ModuleType) -> Backend:
         call(kernels["probes"][out.dtype], _KINDS[kind], seed & 2**64 - 1, first, *_rows(out, 1), b, n, *place(out.device))
 
     def mlp(primal: Primal) -> tuple[Product, int]:
-        return native_mlp(module, primal) if name == "cpu" else reference_mlp.mlp_same_dtype(primal)
+        return native_mlp(module, place, primal)
 
     return Backend(name, (name,), alpha, dots, update, combine, probes, _native_dual.ops(module, place), mlp)
 

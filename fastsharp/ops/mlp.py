@@ -91,6 +91,11 @@ class Primal:
         return out
 
 
+def native(device: torch.device) -> bool:
+    """Whether products on this device are computed by a kernel of ours, not by the reference."""
+    return _registry.choose(device).name == device.type
+
+
 Product = Callable[[Tensor, Tensor, Tensor, bool], None]  # V (r, n), member (r,), out (r, n), gauss: all checked
 
 

@@ -27,6 +27,7 @@ class Explanation:
     backend: str  # that "auto" takes
     refusals: Mapping[str, str]  # backends that cannot compute the products, with their reasons
     calls: tuple[Calls, ...]  # of the recorder, most frequent first; empty where it cannot record the model
+    cuda_graph: str  # why products of that backend on a GPU are not replayed as CUDA graphs; "" where kept batches are
 
     @property
     def islands(self) -> tuple[str, ...]:
@@ -36,6 +37,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"backend='auto' takes {self.backend!r}"]
         lines += [f"{name!r} is not available: {reason}" for name, reason in self.refusals.items()]
+        if self.cuda_graph:
+            lines.append(f"on a GPU its products are launched call by call, not as a CUDA graph: {self.cuda_graph}")
         if self.calls:
             by_rule = sum(c.count for c in self.calls if c.by == "rule")
             total = sum(c.count for c in self.calls)

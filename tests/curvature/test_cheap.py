@@ -28,6 +28,37 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", SMOOTH)
+def test_the_engine_rounds_no_more_than_autograd(name):
+    """Both run the forward pass under autocast; ours rounds tangents as it rounds activations, autograd rounds its second backward."""
+    V = torch.randn(3, exact(name).shape[0])
+    want = V.double() @ exact(name)
+    errors = {}
+    for backend in ("rop", "autograd"):
+        cheap = hessian(name, torch.float32, backend=backend).cheap("bf16")
+        errors[backend] = relative(cheap.apply(V), want)
+        assert cheap.backend == backend
+    assert errors["rop"] <= 2 * errors["autograd"]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.BatchNorm1d(6)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("trained", [False, True])
+def test_norms_of_half_precision_activations_have_their_rule(norm, trained):
+    """Activations in bfloat16 beside weights in float32: by the rule, in float32 inside, as torch's own kernels."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3)).train(trained)
+    x, y = torch.randn(9, 4), torch.randint(0, 3, (9,))
+    options = {"bn": "frozen-batch-stats"} if trained else {}
+    V = torch.randn(2, sum(p.numel() for p in model.parameters()))
+    H = {b: fastsharp.Hessian(model, [(x, y)], nn.CrossEntropyLoss(), backend=b, **options) for b in ("rop", "autograd")}
+    products = {b: H[b].cheap("bf16").apply(V) for b in H}
+    cheap = H["rop"].cheap("bf16")
+    cheap.apply(V)
+    assert not any("double backward" in note for note in cheap.notes)
+    want = H["autograd"].apply(V)
+    assert relative(products["rop"], want) <= 2 * relative(products["autograd"], want)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
 def test_products_are_those_of_the_matrix_up_to_bf16(name):
     """A handful of roundings of relative size 2^-8 one after the other; and not fewer than one, or the products are not cheap."""
     H = hessian(name, torch.float32)

@@ -21,6 +21,7 @@ from fastsharp.errors import (
 from fastsharp.krylov.block import Block
 from fastsharp.krylov.ensemble import lanczos_ensemble
 from fastsharp.krylov.lanczos import lanczos
+from fastsharp.krylov.request import check_arguments
 from fastsharp.krylov.stopping import StopRule, StopRules, Targets
 from fastsharp.operator import CallableOperator, EnsembleOperator, SymmetricOperator
 from tests.krylov.checks import eps_of
@@ -36,6 +37,9 @@ class Stack(EnsembleOperator):
         super().__init__(A.shape[0], A.shape[1], A.dtype, A.device)
         self.A, self.taken, self.calls = A, [0] * A.shape[0], []
         self.stale = False
+
+    def member(self, e: int) -> SymmetricOperator:
+        return CallableOperator(lambda v: self.apply(v[None], torch.tensor([e]))[0], self.n, self.dtype)
 
     def check_unchanged(self) -> None:
         if self.stale:
@@ -66,11 +70,17 @@ def spectrum(top: float, ratio: float) -> torch.Tensor:
     return torch.cat([top * ratio ** torch.arange(N - 40, dtype=F64), -0.3 * ratio ** torch.arange(40, dtype=F64)])
 
 
+def ensemble(S: Stack, **options: Any) -> list[Any]:
+    asked = {name: options.pop(name) for name in ("v0", "memory", "on_step") if name in options}
+    given = {"k": 5, "which": "LA", "tol": 1e-3, "criterion": "residual", "max_iter": None, "method": "auto"} | options
+    return lanczos_ensemble(S, check_arguments(S.n, **given), **asked)
+
+
 def both(A: torch.Tensor, **options: Any) -> tuple[list[Any], list[Any], Stack]:
     """Together, one by one, and the ensemble that counted."""
     options = {"method": "lanczos", "check": "off"} | options
     S = Stack(A)
-    return lanczos_ensemble(S, [alone(a) for a in A], **options), [lanczos(alone(a), **options) for a in A], S
+    return ensemble(S, **options), [lanczos(alone(a), **options) for a in A], S
 
 
 def assert_same(together: Any, single: Any, scale: float) -> None:
@@ -168,12 +178,12 @@ def test_max_iter_warns_for_the_member_and_strict_raises() -> None:
     with pytest.warns(NotConvergedWarning) as single:
         lanczos(alone(A[1]), **options)
     with pytest.warns(NotConvergedWarning) as caught:
-        first, second = lanczos_ensemble(Stack(A), [alone(a) for a in A], **options)
+        first, second = ensemble(Stack(A), **options)
     numbers = re.compile(r"residual \S+ at")
     assert [numbers.sub("", str(w.message)) for w in caught] == [numbers.sub("", f"member 1: {single[0].message}")]
     assert bool(first.converged.all()) and not bool(second.converged.all()) and second.n_matvec == 16
     with pytest.raises(NotConvergedError, match=r"^member 1: lanczos: 0 of 1") as error:
-        lanczos_ensemble(Stack(A), [alone(a) for a in A], strict=True, **options)
+        ensemble(Stack(A), strict=True, **options)
     assert error.value.partial.n_matvec == 16
 
 
@@ -200,18 +210,18 @@ def test_errors_are_those_of_the_member() -> None:
     A = stack(spectrum(9.0, 0.5), spectrum(4.0, 0.9), spectrum(4.0, 0.9))
     A[2] += 0.1 * torch.triu(torch.ones(N, N, dtype=F64), 1)
     with pytest.raises(NotSymmetricError, match=r"^member 2: lanczos: v_1'A v_"):
-        lanczos_ensemble(Stack(A), [alone(a) for a in A], check="off")
+        ensemble(Stack(A), check="off")
     with pytest.raises(NotSymmetricError, match=r"^member 2: lanczos: .* for random u and v"):
-        lanczos_ensemble(Stack(A), [alone(a) for a in A])
+        ensemble(Stack(A))
     A[1, 3, 4] = math.nan
     with pytest.raises(NonFiniteError, match=r"^member 1: lanczos: product 1 of the operator contains NaN"):
-        lanczos_ensemble(Stack(A), [alone(a) for a in A], check="off")
+        ensemble(Stack(A), check="off")
     with pytest.raises(ShapeError, match="v0 has shape"):
-        lanczos_ensemble(Stack(A), [alone(a) for a in A], v0=torch.ones(3, dtype=F64))
+        ensemble(Stack(A), v0=torch.ones(3, dtype=F64))
     S = Stack(A)
     S.stale = True
     with pytest.raises(StaleOperatorError):
-        lanczos_ensemble(S, [alone(a) for a in A])
+        ensemble(S)
 
 
 def test_ctrl_c_leaves_the_pairs_so_far() -> None:
@@ -223,7 +233,7 @@ def test_ctrl_c_leaves_the_pairs_so_far() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="of 3 members") as caught:
-        lanczos_ensemble(Stack(A), [alone(a) for a in A], k=1, method="lanczos", check="off", on_step=stop)
+        ensemble(Stack(A), k=1, method="lanczos", check="off", on_step=stop)
     first, second, third = caught.value.partial
     assert not first.verified and first.n_matvec == done.n_matvec and second.n_matvec > first.n_matvec
     assert float(third.eigenvalues[0]) == pytest.approx(5.0, rel=1e-3) and float(first.eigenvalues[0]) == pytest.approx(9.0, rel=1e-3)

@@ -15,6 +15,7 @@ from fastsharp.errors import DtypeError, InputError, ShapeError
 from fastsharp.ops import _registry, force, mlp
 
 WIDTHS = [(3, 17, 5, 2), (2, 19, 7, 9, 4), (5, 3), (1, 1, 1), (67, 4, 3)]
+CPU = torch.device("cpu")
 LEVELS = ("scalar", "avx2", "avx512")
 
 
@@ -42,9 +43,9 @@ class Problem:
             self.target = torch.randn(E, N, net.widths[-1], generator=g, dtype=torch.float64).float().double()
         self.weight = torch.rand(E, N, generator=g, dtype=torch.float64).float().double() / N
 
-    def prepared(self, dtype: torch.dtype = torch.float64) -> mlp.Prepared:
-        target = self.target if self.net.loss == "cross_entropy" else self.target.to(dtype)
-        return mlp.prepare(self.net, self.theta.to(dtype), self.x.to(dtype), target, self.weight.to(dtype))
+    def prepared(self, dtype: torch.dtype = torch.float64, device: torch.device = CPU) -> mlp.Prepared:
+        target = self.target.to(device) if self.net.loss == "cross_entropy" else self.target.to(device, dtype)
+        return mlp.prepare(self.net, *(t.to(device, dtype) for t in (self.theta, self.x)), target, self.weight.to(device, dtype))
 
     def output(self, e: int, theta: Tensor) -> Tensor:
         """z_L of net e, by torch's own operations."""
@@ -84,15 +85,22 @@ def problem(widths: tuple[int, ...], activation: str, loss: str) -> Problem:
 
 
 def product(prepared: mlp.Prepared, V: Tensor, member: Tensor | None = None, gauss: bool = False) -> Tensor:
-    return prepared.product(V, out=torch.full_like(V, float("nan")), member=member, gauss=gauss)
+    there = V.to(prepared.primal.theta.device)
+    return prepared.product(there, out=torch.full_like(there, float("nan")), member=member, gauss=gauss).to(V.device)
 
 
-@pytest.fixture(params=[*LEVELS, "reference"])
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set of this CPU, and the reference."""
+@pytest.fixture(params=[*LEVELS, "reference", "cuda"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the nets lie, for every instruction set of this CPU, the reference, and the CUDA kernel."""
     if request.param == "reference":
         with force("reference"):
-            yield request.param
+            yield CPU
+        return
+    if request.param == "cuda":
+        found = _registry.available()["cuda"]
+        if isinstance(found, str):
+            pytest.skip(found)
+        yield torch.device("cuda")
         return
     module = _registry.native("cpu")
     if isinstance(module, str):
@@ -101,41 +109,41 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     if not module.set_simd(request.param):
         pytest.skip(f"{request.param} is not on this CPU")
     try:
-        yield request.param
+        yield CPU
     finally:
         module.set_simd(before)
 
 
 @pytest.mark.parametrize("loss", mlp.LOSSES)
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
-def test_against_the_dense_matrix(activation: str, loss: str, kernel: str) -> None:
+def test_against_the_dense_matrix(activation: str, loss: str, kernel: torch.device) -> None:
     for widths in WIDTHS:
         p = problem(widths, activation, loss)
         member = torch.tensor([1, 0, 1])
         V = torch.randn(3, p.net.n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         for gauss in (False, True):
-            found = product(p.prepared(), V, member, gauss)
+            found = product(p.prepared(device=kernel), V, member, gauss)
             for r, e in enumerate(member.tolist()):
                 A = p.dense(e, gauss)
                 assert float((found[r] - A @ V[r]).norm()) <= 1e-13 * float(A.norm() * V[r].norm())
 
 
 @pytest.mark.parametrize("N", [1, 15, 64, 65, 500])
-def test_every_cut_into_tiles_and_slabs(N: int, kernel: str) -> None:
+def test_every_cut_into_tiles_and_slabs(N: int, kernel: torch.device) -> None:
     p = Problem(net_of((3, 19, 6, 4), "gelu", "cross_entropy"), E=1, N=N)
     V = torch.randn(2, p.net.n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     A = p.dense(0, False)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
-        found = product(p.prepared(dtype), V.to(dtype)).double()
+        found = product(p.prepared(dtype, kernel), V.to(dtype)).double()
         assert float((found - V.to(dtype).double() @ A).norm()) <= tolerance * float(A.norm() * V.norm())
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
-def test_float32_error_is_at_most_twice_that_of_torch(activation: str) -> None:
+def test_float32_error_is_at_most_twice_that_of_torch(activation: str, kernel: torch.device) -> None:
     p = Problem(net_of((2, 100, 100, 2), activation, "cross_entropy"), E=1, N=1000)
     V = torch.randn(4, p.net.n, generator=torch.Generator().manual_seed(3))
     exact = product(p.prepared(), V.double())
-    ours = product(p.prepared(torch.float32), V).double()
+    ours = product(p.prepared(torch.float32, kernel), V).double()
     theta = p.theta[0].float().requires_grad_()
     (g,) = torch.autograd.grad(p.loss(0, theta), theta, create_graph=True)
     theirs = torch.stack([torch.autograd.grad(g, theta, v, retain_graph=True)[0] for v in V]).double()
@@ -159,6 +167,20 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows() -> None:
         assert all(torch.equal(r, results[0]) for r in results)
         for r in range(5):
             assert torch.equal(product(prepared, V[r : r + 1], member[r : r + 1])[0], results[0][r])
+
+
+def test_bits_of_a_row_on_a_gpu_are_its_own() -> None:
+    found = _registry.available()["cuda"]
+    if isinstance(found, str):
+        pytest.skip(found)
+    p = Problem(net_of((3, 40, 21, 3), "tanh", "cross_entropy"), E=3, N=700)
+    prepared = p.prepared(torch.float32, torch.device("cuda"))
+    member = torch.tensor([2, 0, 1, 1, 0])
+    V = torch.randn(5, p.net.n, generator=torch.Generator().manual_seed(4))
+    result = product(prepared, V, member)
+    assert torch.equal(product(prepared, V, member), result)
+    for r in range(5):
+        assert torch.equal(product(prepared, V[r : r + 1], member[r : r + 1])[0], result[r])
 
 
 def test_gradient_and_value_are_those_of_the_loss() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -134,3 +135,22 @@ def test_info_is_plain_data_and_its_text_names_every_key() -> None:
     assert json.loads(json.dumps(facts)) == facts
     text = _environment.info_text()
     assert all(line.startswith(key) for key, line in zip(facts, text.splitlines(), strict=False))
+
+
+@pytest.mark.parametrize("stub", [{}, {"stub": lambda: 1}], ids=["none", "another"])
+def test_a_module_of_another_version_is_named_and_not_used(monkeypatch: pytest.MonkeyPatch, stub: dict[str, Any]) -> None:
+    stale = ModuleType("fastsharp._cpu")
+    stale.__dict__.update({"__file__": "/elsewhere/_cpu.so"} | stub)
+    _registry.available.cache_clear()
+    _registry.native.cache_clear()
+    try:
+        monkeypatch.setattr(_registry.importlib, "import_module", lambda name: stale)
+        reason = _registry.native("cpu")
+        assert isinstance(reason, str)
+        assert "/elsewhere/_cpu.so) was built for another version of this source" in reason
+        assert "pip install -v ." in reason
+        assert _registry.choose(CPU).name == "reference"
+        assert _environment.info()["_cpu"] == reason
+    finally:
+        _registry.available.cache_clear()
+        _registry.native.cache_clear()

@@ -32,10 +32,11 @@ from tests.ops.triton_cases import (
     check_probes,
     check_update,
     ensemble,
+    interpreter_or_skip,
 )
 from tests.tolerance import exact
 
-triton = pytest.importorskip("triton")
+interpreter_or_skip()
 
 from fastsharp.ops.triton import krylov  # noqa: E402
 

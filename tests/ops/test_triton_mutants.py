@@ -11,11 +11,20 @@ import pytest
 import torch
 
 from fastsharp.ops import force
-from tests.ops.triton_cases import INTERPRETED, check_alpha, check_combine, check_dots, check_probes, check_update, ensemble
+from tests.ops.triton_cases import (
+    INTERPRETED,
+    check_alpha,
+    check_combine,
+    check_dots,
+    check_probes,
+    check_update,
+    ensemble,
+    interpreter_or_skip,
+)
 
-pytest.importorskip("triton")
+interpreter_or_skip()
 
-from fastsharp.ops.triton import krylov
+from fastsharp.ops.triton import krylov  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a wrong kernel may write anywhere on a GPU")
 

@@ -9,17 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsharp.ops import alpha, combine, dots, probes, update
 from fastsharp.ops.reference import krylov as reference
+from tests.releases import before
 from tests.tolerance import assert_close, chunked_dot_bound, eps, exact, stored_sum_bound, sum_bound
 
 STORAGE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
+
+
+def interpreter_or_skip() -> None:
+    """Skip the module where Triton's interpreter itself fails: before 3.7 it calls int() on arrays, an error since numpy 2.4."""
+    triton = pytest.importorskip("triton")
+    if INTERPRETED and before(triton.__version__, "3.7") and not before(np.__version__, "2.4"):
+        pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4", allow_module_level=True)
 
 
 def vectors_of(storage: torch.dtype) -> torch.dtype:

@@ -17,7 +17,8 @@
 //   y_l (d_l, kSamples), l = 1..L
 //   p (d_L, kSamples) for cross-entropy
 //   w (kSamples)
-// Products with samples along the lanes of registers need neither weights nor their tangents transposed.
+// Products with samples along the lanes of registers need neither weights nor their tangents transposed. On a GPU the transposes of a_l
+// are left out: a tile passes through shared memory, which turns it.
 #pragma once
 #include "fastsharp/status.hpp"
 #include "fastsharp/types.hpp"
@@ -67,4 +68,20 @@ template <class T> i64 mlp_workspace_size(const MlpShape& shape, i64 rows, int t
 template <class T> Status mlp_product(const MlpProduct<T>& p, T* work, int threads);
 
 } // namespace cpu
+
+namespace cuda {
+
+struct MlpLaunch {
+    int block = 256;          // threads, a multiple of 32, at most 256; the bits do not depend on it
+    i64 work = i64{32} << 20; // elements of workspace to be used by many rows: they share launches as far as it lasts
+};
+
+template <class T> i64 mlp_tile_size(const MlpShape& shape);
+template <class T> i64 mlp_workspace_size(const MlpShape& shape, i64 rows, MlpLaunch config);
+
+// `member`, vectors and cache are on the device; the tables of the shape are on the host. The bits depend neither on the other rows
+// nor on `config`.
+template <class T> Status mlp_product(const MlpProduct<T>& p, T* work, MlpLaunch config, int device, void* stream);
+
+} // namespace cuda
 } // namespace fastsharp

@@ -9,6 +9,7 @@ left is J' L J v (Schraudolph 2002): L is the Hessian of the loss by the output.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from fastsharp.curvature.rop.fold import fold
 from fastsharp.curvature.rop.island import Island
 from fastsharp.curvature.rop.rule import RULES, Call, Part
 from fastsharp.curvature.rop.tape import Tape
+
+TOGETHER = 8 << 20  # bytes of the largest value's tangents, for the vectors that a pass takes at once on a CPU
 
 
 class _Step(NamedTuple):
@@ -56,6 +59,7 @@ class Linearised:
         self.loss = tape.loss.detach().clone()
         calls = fold(tape.calls, _uses(tape))
         tape.calls = []
+        self._together = _together(calls)
         network = _leading_to(calls, tape.outputs)
         self.bypassed = _bypassed(calls, network, tape)
         slots = {id(t): i for i, t in enumerate(tape.params)}
@@ -92,6 +96,11 @@ class Linearised:
         gauss   the Gauss-Newton matrix in place of H. A scale other than 1 costs a pass over the tangents; that of the constructor none
         """
         with torch.no_grad():
+            b, step = len(tangents[0]), self._together
+            if b > step:
+                for k in range(0, b, step):
+                    self.product([t[k : k + step] for t in tangents], [t[k : k + step] for t in into], scale=scale, gauss=gauss)
+                return
             values: list[torch.Tensor | None] = [None] * self._slots
             for i in range(self._params):
                 values[i] = tangents[i] if scale == 1.0 else tangents[i] * scale
@@ -179,6 +188,15 @@ class _Sums:
     def take(self, slot: int) -> torch.Tensor | None:
         value, self._values[slot] = self._values[slot], None
         return value
+
+
+def _together(calls: Sequence[Call]) -> int:
+    """How many vectors a pass takes. On a CPU more of them save only the cost of starting operations, and where their tangents outgrow
+    the cache and what the allocator keeps (glibc: 32 MiB a block) they cost more than they save."""
+    outputs = [t for call in calls for t in call.outputs]
+    if any(t.device.type != "cpu" for t in outputs):
+        return sys.maxsize
+    return max(TOGETHER // max(1, *(t.nbytes for t in outputs)), 1)
 
 
 def _part(call: Call, by_rule: bool) -> tuple[Part, str]:

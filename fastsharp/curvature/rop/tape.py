@@ -197,5 +197,22 @@ def _reached(loss: torch.Tensor, first: int) -> set[int]:
             leaves.add(id(node.variable))
         elif node._sequence_nr() < first:
             raise Unrecorded(f"a graph from before this evaluation ({node.name()})")
+        elif _hooked(node):
+            raise Unrecorded(f"a hook on a node of autograd's graph ({node.name()})")
         stack.extend(following for following, _ in node.next_functions)
     return leaves
+
+
+def _hooked(node: Any) -> bool:
+    """Whether somebody registered a hook on this node: torch shows its hooks to nobody but the next one who registers."""
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(_passed)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return True
+    return False
+
+
+def _passed(*_: Any) -> None:
+    """A hook that changes nothing."""

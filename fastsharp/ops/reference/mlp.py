@@ -1,7 +1,4 @@
-"""The truth of `fastsharp.ops.mlp`: the tangent passes as batched matrix products, in float64 or in the dtype of the weights.
-
-In the latter form it is the backend on GPUs as well, where E nets are one batch of matrix products.
-"""
+"""The truth of `fastsharp.ops.mlp`: the tangent passes as batched matrix products in float64."""
 
 from __future__ import annotations
 
@@ -16,16 +13,7 @@ if TYPE_CHECKING:
 
 def mlp(primal: Primal) -> tuple[Product, int]:
     """Products of what `primal` holds, in float64."""
-    return _products(primal, torch.float64), 0
-
-
-def mlp_same_dtype(primal: Primal) -> tuple[Product, int]:
-    """Products in the dtype of the weights."""
-    return _products(primal, primal.theta.dtype), 0
-
-
-def _products(primal: Primal, dtype: torch.dtype) -> Product:
-    net, L = primal.net, primal.net.layers
+    net, L, dtype = primal.net, primal.net.layers, torch.float64
 
     def product(V: Tensor, member: Tensor, out: Tensor, gauss: bool) -> None:
         rows = member.to(V.device)
@@ -64,4 +52,4 @@ def _products(primal: Primal, dtype: torch.dtype) -> Product:
                     y = y + of_rows(primal.bend[l - 2]) * zs[l - 2]
         out.copy_(result)
 
-    return product
+    return product, 0

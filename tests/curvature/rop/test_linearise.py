@@ -132,6 +132,30 @@ def test_products_add_into_strided_rows(b: int) -> None:
     assert torch.equal(V, given)
 
 
+@pytest.mark.parametrize("gauss", [False, True])
+def test_vectors_whose_tangents_are_large_go_a_few_at_a_time(gauss: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, params, model = _evaluation("cnn_residual")
+    n = sum(p.numel() for p in params)
+    V, together = torch.randn(5, n, dtype=params[0].dtype), torch.ones(5, n, dtype=params[0].dtype)
+    a_few = together.clone()
+    linearised(fn, params, model).product(rows(V, params), rows(together, params), scale=2.0, gauss=gauss)
+    widths: set[int] = set()
+    forward = Linearised._forward
+
+    def watched(self: Linearised, values: list[torch.Tensor | None], gauss: bool) -> list[Any]:
+        widths.update(len(t) for t in values if t is not None)
+        return forward(self, values, gauss)
+
+    monkeypatch.setattr(Linearised, "_forward", watched)
+    with untouched(model, CPU):
+        tape = record(fn, params)
+        largest = max(t.nbytes for call in tape.calls for t in call.outputs)
+        monkeypatch.setattr(linearise, "TOGETHER", 2 * largest)
+        Linearised(tape).product(rows(V, params), rows(a_few, params), scale=2.0, gauss=gauss)
+    assert widths == {1, 2}
+    same(a_few, together)
+
+
 def test_scale_of_the_loss() -> None:
     fn, params, model = _evaluation("regression")
     lin = linearised(fn, params, model, scale=3.0)

@@ -11,6 +11,7 @@ from fastsharp.curvature.rop.memory import Unrecorded
 from fastsharp.ops import dual
 from tests.curvature.rop.check import check_rule, part_of
 from tests.curvature.rop.subsets import Case, channels_last, check_case
+from tests.releases import torch_before
 
 aten = torch.ops.aten
 BN = aten.native_batch_norm.default
@@ -48,6 +49,9 @@ EVAL = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_are_autograds(case: Case) -> None:
+    args = case.args(lambda *shape: torch.randn(*shape, dtype=torch.float64))
+    if case.func is aten.native_group_norm.default and not args[0].is_contiguous() and torch_before("2.14"):
+        pytest.skip("this torch crashes in the backward of a channels-last group norm of a constant input")
     check_case(case)
 
 

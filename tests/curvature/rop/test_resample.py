@@ -8,6 +8,7 @@ import torch
 from fastsharp.curvature.rop.rule import RULES, Call
 from tests.curvature.rop.check import check_rule, part_of
 from tests.curvature.rop.subsets import Case, channels_last, check_case
+from tests.releases import torch_before
 
 aten = torch.ops.aten
 
@@ -45,6 +46,7 @@ def test_against_autograd(case: Case) -> None:
     check_case(case)
 
 
+@pytest.mark.skipif(torch_before("2.14"), reason="this torch has no derivative of grid_sampler_2d_backward to compare with")
 @pytest.mark.parametrize("mode", [0, 1, 2])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 def test_sampling_on_a_fixed_grid(mode: int, padding: int) -> None:

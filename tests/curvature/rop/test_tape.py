@@ -216,6 +216,18 @@ class _Doubled(torch.autograd.Function):
         return 2 * g * ctx.saved_tensors[0].cos()
 
 
+def _node_hooked(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = w * x
+    y.grad_fn.register_hook(lambda inputs, outputs: (2 * inputs[0], inputs[1]))  # type: ignore[union-attr]
+    return y.sum()
+
+
+def _node_prehooked(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = w * x
+    y.grad_fn.register_prehook(lambda outputs: (2 * outputs[0],))  # type: ignore[union-attr]
+    return y.sum()
+
+
 def _hooked(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y = w * x
     y.register_hook(lambda g: 2 * g)
@@ -247,6 +259,8 @@ def _into_detached(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         (lambda w, x: _Doubled.apply(w * x), "custom autograd.Function _Doubled"),
         (lambda w, x: checkpoint(torch.sin, w * x, use_reentrant=True), "custom autograd.Function CheckpointFunction"),
         (_hooked, "hook on the gradient of a tensor"),
+        (_node_hooked, r"hook on a node of autograd's graph \(MulBackward0\)"),
+        (_node_prehooked, r"hook on a node of autograd's graph \(MulBackward0\)"),
         (_without_grad, "autograd does not see"),
         (_through_data, "autograd does not see"),
         (_into_detached, "autograd does not see"),

@@ -50,8 +50,7 @@ def _dot(a: Tensor, w: Tensor) -> Tensor:
     """(b, out): <a_k, w> over all but the first dimension of w (out, ...), for a (b, out, ...); either may lack b."""
     if a.dim() == w.dim():
         a = a.unsqueeze(0)
-    left = a.flatten(2).transpose(0, 1)  # (out, b, rest)
-    return torch.bmm(left, w.flatten(1).unsqueeze(2)).squeeze(2).t()
+    return (a * w).sum([*range(2, w.dim() + 1)])
 
 
 @rule(convolution_norm)

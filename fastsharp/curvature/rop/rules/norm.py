@@ -18,6 +18,7 @@ import torch
 from fastsharp.curvature.rop.channel_norm import ChannelNorm, Places, alone
 from fastsharp.curvature.rop.parts import width
 from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
+from fastsharp.curvature.rop.upcast import also_in_half
 from fastsharp.ops import dual
 
 aten = torch.ops.aten
@@ -120,6 +121,7 @@ def _rows(call: Call, eps: float, *positions: int, center: bool) -> Part | None:
 
 
 @rule(aten.native_layer_norm.default)
+@also_in_half
 def _layer_norm(call: Call) -> Part | None:
     return _rows(call, call.args[4], 0, 2, 3, center=True)
 
@@ -136,6 +138,7 @@ if hasattr(aten, "_fused_rms_norm"):
 
 
 @rule(aten.native_group_norm.default)
+@also_in_half
 def _group_norm(call: Call) -> Part | None:
     x = call.inputs[0]
     samples, channels, size, groups = call.args[3:7]
@@ -160,15 +163,18 @@ def _batch_norm(call: Call, training: bool, eps: float, running: bool = True) ->
 
 
 @rule(aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
+@also_in_half
 def _batch_norm_of_mode(call: Call) -> Part | None:
     return _batch_norm(call, call.args[5], call.args[7])
 
 
 @rule(aten._native_batch_norm_legit_no_training.default, aten._batch_norm_no_update.default)
+@also_in_half
 def _batch_norm_in_eval(call: Call) -> Part | None:
     return _batch_norm(call, False, call.args[6])
 
 
 @rule(aten._native_batch_norm_legit.no_stats)
+@also_in_half
 def _batch_norm_without_statistics(call: Call) -> Part | None:
     return _batch_norm(call, call.args[3], call.args[5], running=False)
