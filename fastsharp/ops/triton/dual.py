@@ -124,9 +124,8 @@ def softmax_product(p: Tensor, weight: Tensor | None, u: Tensor, out: Tensor) ->
 def paired(out: Tensor | None, first: Pair, second: Pair, b: int, alpha: float) -> Tensor:
     """out_k += alpha (A_k B_k + C_k D_k); float32 in its own precision, whatever torch allows itself."""
     (m, inner), n = first[0].shape[-2:], first[1].shape[-1]
-    add = out is not None
     place = first[0].new_empty(b, m, n) if out is None or out.stride(-1) != 1 else out
-    if add and place is not out:
+    if out is not None and place is not out:
         place.copy_(out)
     factors: list[Tensor | int] = []
     turned = {}
@@ -139,7 +138,7 @@ def paired(out: Tensor | None, first: Pair, second: Pair, b: int, alpha: float) 
     tile = {"BM": 64, "BN": 64, "BK": 32}
     krylov.launch(
         product_kernels.paired, b * krylov.ceil(m, tile["BM"]) * krylov.ceil(n, tile["BN"]), place.device,
-        *factors, place, place.stride(0), place.stride(1), b, m, n, inner, ALPHA=alpha, ADD=add, PRECISION="ieee", **turned, **tile,
+        *factors, place, place.stride(0), place.stride(1), b, m, n, inner, ALPHA=alpha, ADD=out is not None, PRECISION="ieee", **turned, **tile,
     )  # fmt: skip
     return place if out is None or place is out else out.copy_(place)
 
