@@ -13,6 +13,7 @@
 // neither b, alignment nor the GPU.
 #include "fastsharp/dual_norm.hpp"
 
+#include "norm_row.cuh"
 #include "rows.cuh"
 
 namespace fastsharp::cuda {
@@ -23,32 +24,6 @@ constexpr i64 kMaxGrid = 1 << 16;
 constexpr i64 kRowsOfShare = 16; // at least: partial sums are then an eighth of what is read, or less
 constexpr i64 kMaxShares = 512;
 constexpr i64 kStripTasks = 4096; // warps that fill the largest GPU
-
-// The two means along a row; zeros where there are none.
-struct Pair {
-    double mean = 0, along = 0;
-
-    __device__ Pair(double first, double second) : mean(first), along(second) {}
-    __device__ explicit Pair(const double* sums) {
-        if (sums != nullptr) {
-            mean = sums[0];
-            along = sums[1];
-        }
-    }
-};
-
-// What the lanes of a row have in common.
-struct RowStats {
-    double mean, rstd, n;
-
-    template <class T> __device__ RowStats(const Norm<T>& f, Extent e, i64 r)
-        : mean(f.stats[2 * r]), rstd(f.stats[2 * r + 1]), n(static_cast<double>(e.columns)) {}
-    template <class T> __device__ double normalised(T x) const { return (static_cast<double>(x) - mean) * rstd; }
-    // The tangent of h for that of x, whose means are s.
-    template <class T> __device__ double tangent(double h, T t, Pair s) const {
-        return (static_cast<double>(t) - s.mean - h * s.along) * rstd;
-    }
-};
 
 // Once for all products: without the variant for whole packs.
 template <class T> __global__ void __launch_bounds__(kBlock, 1)

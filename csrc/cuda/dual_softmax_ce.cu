@@ -5,7 +5,8 @@
 // v3  maximum and sum in one sweep: every lane rescales its own sum where its maximum rises, and lanes meet once, at the end of the row;
 //     for products rows of at most 256 columns a warp stay in registers between the sweeps; loads of 16 bytes; the vectors of a row side
 //     by side, so that p comes from L1.      <- this file
-// A longer row (a vocabulary) is read again: from L2 while the rows in flight fit there, else 2 + 3b matrices in place of 1 + 2b.
+// A longer row (a vocabulary) is read again: from L2 while the rows in flight fit there, else 2 + 3b matrices in place of 1 + 2b. Fewer
+// rows times vectors than multiprocessors leave some of these idle.
 //
 // Note on numerical properties: sums, exponentials and what is subtracted are double, results are rounded once. The maximum is taken off
 // before the exponential; -inf is a probability of zero, +inf or NaN gives NaN. No atomics: the bits depend on neither b, alignment nor

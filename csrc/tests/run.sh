@@ -136,7 +136,7 @@ result mutant "one row too many" "heap-buffer-overflow" asan dual_activation dua
 result mutant "registers taken for the whole row" "room\[" asan dual_norm rows.cuh 's/e.columns <= kChunk \*/e.columns <= 4 * kChunk */'
 result mutant "an ignored row is read" "== gap" asan dual_softmax_ce dual_softmax_ce.cu 's/if (weight == 0)/if (weight < 0)/'
 result mutant "a sum that misses its rescaling" "room\[" asan dual_softmax_ce dual_softmax_ce.cu 's/s\[0\] \*= share_of(m, top);$/;/'
-result mutant "the second term without its mean" "room\[" asan dual_norm dual_norm.cu 's/ - s.mean - h \* s.along/ - h * s.along/'
+result mutant "the second term without its mean" "room\[" asan dual_norm norm_row.cuh 's/ - s.mean - h \* s.along/ - h * s.along/'
 result mutant "members share a basis" "got" asan update update.cu 's/p.V + e \* p.V_member/p.V/'
 result mutant "a stage written too early" "data race" tsan mlp mlp_gemm.cuh 's/__syncthreads(); \/\/ before the stage.*//'
 result mutant "classes summed without a barrier" "data race" tsan mlp mlp.cu '/void loss_hessian(/,/^}/s/^    __syncthreads();$//'

@@ -12,7 +12,7 @@ Sum = tuple[Tensor | None, Factors, Factors]  # out, (A, B), (C, D)
 
 
 def sums(b: int, rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> dict[str, Sum]:
-    """A linear layer's tangent, the adjoint of x and, added to a part of something wider, that of W."""
+    """A linear layer's tangent, the adjoint of x and, added to a part of something wider, that of W; and a sum of nothing contiguous."""
     g = torch.Generator().manual_seed(rows)
 
     def normal(*shape: int) -> Tensor:
@@ -25,6 +25,7 @@ def sums(b: int, rows: int, inputs: int, outputs: int, dtype: torch.dtype, devic
         "tangent": (None, (x, W_t.mT), (x_t, W.t())),
         "adjoint of x": (None, (y_gt, W), (y_g, W_t)),
         "adjoint of W": (place, (y_gt.mT, x), (y_g.t(), x_t)),
+        "strided": (normal(b, inputs, rows).mT, (y_gt, W), (normal(rows, 2 * outputs)[:, ::2], W_t)),
     }
 
 

@@ -17,9 +17,9 @@ from tests.ops.triton_cases import DEVICE, INTERPRETED
 
 SIZES = [(1, 1, 1, 1), (2, 5, 7, 3), (3, 70, 35, 66)]  # b, rows, inputs, outputs: inside and beyond one tile of the kernel
 MUTANTS = [  # what is written in the kernel, and the mistake
-    ("A + v * A_vector", "A"),
-    ("range(0, k, BK)", "range(0, BK, BK)"),
-    ("C + v * C_vector", "A + v * A_vector"),
+    ("A += v * A_vector", ""),
+    ("range(0, inner, BK)", "range(0, BK, BK)"),
+    ("(acc, C, C_stride,", "(acc, A, A_stride,"),
     ("acc *= ALPHA", "acc *= ALPHA * ALPHA"),
     ("if ADD:", "if not ADD:"),
     ("tile // rows * BN", "0 * BN"),

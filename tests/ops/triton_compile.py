@@ -99,7 +99,7 @@ def facts(kernel: Any, binary: Any) -> dict[str, Any]:
     return {
         "bytes": len(binary.asm["cubin"]),
         "atomics": len(re.findall(r"\b(atom|red)\.", ptx)),
-        "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v(2\.b64|4\.b32)", ptx)),
+        "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v(2\.b64|4\.b32)|cp\.async[.\w:]+ \[[^]]+\], \[[^]]+\], 0x10", ptx)),
         "rounds_bf16": "cvt.rn.bf16" in ptx,
         "recompiled_for": [p.name for p in kernel.params if p.name in ("j", "k", "b", "seed", "first") and not p.do_not_specialize],
     }

@@ -11,6 +11,8 @@ from fastsharp.ops.reference.dual import Norm, Parameters, Second
 from fastsharp.ops.triton import activation_kernels, krylov, norm_kernels, product_kernels, softmax_kernels
 from fastsharp.ops.triton import rows as row_kernels
 
+Pair = tuple[Tensor, Tensor]
+
 LARGEST_BLOCK = 1024  # columns of a row that a program holds at once
 STRIP = 512  # columns of a program that goes down the rows
 ROWS_OF_A_SHARE = 16  # at least
@@ -119,21 +121,26 @@ def softmax_product(p: Tensor, weight: Tensor | None, u: Tensor, out: Tensor) ->
     )  # fmt: skip
 
 
-def paired(out: Tensor | None, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], b: int, alpha: float) -> Tensor:
+def paired(out: Tensor | None, first: Pair, second: Pair, b: int, alpha: float) -> Tensor:
     """out_k += alpha (A_k B_k + C_k D_k); float32 in its own precision, whatever torch allows itself."""
-    (m, k), n = first[0].shape[-2:], first[1].shape[-1]
-    add = out is not None
-    if out is None:
-        out = first[0].new_empty(b, m, n)
+    (m, inner), n = first[0].shape[-2:], first[1].shape[-1]
+    place = first[0].new_empty(b, m, n) if out is None or out.stride(-1) != 1 else out
+    if out is not None and place is not out:
+        place.copy_(out)
     factors: list[Tensor | int] = []
-    for t in (*first, *second):
-        factors += [t, 0 if t.dim() == 2 else t.stride(0), t.stride(-2), t.stride(-1)]
+    turned = {}
+    for name, t in zip("ABCD", (*first, *second), strict=True):
+        if 1 not in t.stride()[-2:]:
+            t = t.contiguous()
+        across = t.stride(-1) != 1
+        factors += [t, 0 if t.dim() == 2 else t.stride(0), t.stride(-1) if across else t.stride(-2)]
+        turned[f"{name}_TURNED"] = across
     tile = {"BM": 64, "BN": 64, "BK": 32}
     krylov.launch(
-        product_kernels.paired, b * krylov.ceil(m, tile["BM"]) * krylov.ceil(n, tile["BN"]), out.device,
-        *factors, out, *out.stride(), b, m, n, k, ALPHA=alpha, ADD=add, PRECISION="ieee", **tile,
+        product_kernels.paired, b * krylov.ceil(m, tile["BM"]) * krylov.ceil(n, tile["BN"]), place.device,
+        *factors, place, place.stride(0), place.stride(1), b, m, n, inner, ALPHA=alpha, ADD=out is not None, PRECISION="ieee", **turned, **tile,
     )  # fmt: skip
-    return out
+    return place if out is None or place is out else out.copy_(place)
 
 
 def _add(partial: Tensor, out: Tensor) -> None:
