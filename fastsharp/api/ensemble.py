@@ -147,5 +147,3 @@ def _models(models: Sequence[Any]) -> int:
                 "The models of one call share an architecture. Measure others by calls of their own."
             )
     return len(models)
-
-

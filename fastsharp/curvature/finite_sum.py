@@ -30,6 +30,7 @@ from fastsharp.objective import Objective
 from fastsharp.operator import BF16_NOISE, TF32_NOISE, SymmetricOperator
 from fastsharp.params import ParamLayout, Selector
 
+
 def preflight_notes(outcome: dict[str, Any]) -> tuple[str, ...]:
     """What a result says of its preflight."""
     return (*outcome.get("notes", ()), *(("unchecked: preflight='off'",) if outcome["level"] == "off" else ()))
