@@ -122,7 +122,7 @@ def test_errors_name_the_member() -> None:
         fastsharp.lanczos([models[0], torch.eye(3)], loaders[:2])
     with pytest.raises(InputError, match="list of models is empty"):
         fastsharp.lanczos([], loaders)
-    with pytest.raises(InputError, match="resume= are for one model"):
+    with pytest.raises(InputError, match="resume= is for one model"):
         fastsharp.lanczos(models, loaders, resume="log")
     with pytest.raises(ModelModeError, match=r"^member 1: Dropout"):
         fastsharp.lanczos([net(0), net(0, middle=nn.Dropout)], loaders[:2])
@@ -217,6 +217,22 @@ def test_a_forward_that_draws_is_seen() -> None:
 
     with pytest.raises(NondeterministicOperatorError, match=r"^member 2: "):
         fastsharp.lanczos([Noisy(e, 0.1 * (e == 2)) for e in range(4)], [data(e) for e in range(4)], k=1)
+
+
+def test_stacked_parameters() -> None:
+    models, loaders = [net(e) for e in range(3)], [data(e) for e in range(3)]
+    stacked, _ = torch.func.stack_module_state(models)
+    template, before = net(7), net(7)
+    found = fastsharp.lanczos((template, stacked), loaders, k=1)
+    for a, b in zip(found, fastsharp.lanczos(models, loaders, k=1), strict=True):
+        assert torch.equal(a.eigenvalues, b.eigenvalues) and a.provenance == b.provenance
+    assert all(torch.equal(p, q) for p, q in zip(template.parameters(), before.parameters(), strict=True))
+    with pytest.raises(InputError, match=r"unknown or missing: 0\.bias"):
+        fastsharp.lanczos((template, {k: v for k, v in stacked.items() if k != "0.bias"}), loaders)
+    with pytest.raises(InputError, match=r"0.bias is torch.float64 \(3, 11\), expected torch.float64 \(members, 12\)"):
+        fastsharp.lanczos((template, stacked | {"0.bias": stacked["0.bias"][:, 1:]}), loaders)
+    with pytest.raises(InputError, match="unlike first dimensions"):
+        fastsharp.lanczos((template, stacked | {"0.bias": stacked["0.bias"][1:]}), loaders)
 
 
 def test_a_generator_for_each() -> None:

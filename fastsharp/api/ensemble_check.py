@@ -151,4 +151,5 @@ def _in_double(double: StackGradient, v: torch.Tensor, Hv: torch.Tensor, gauss: 
 def _relative(own: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """||own - exact|| / ||exact|| by rows, ||own|| where exact is zero."""
     scale = exact.norm(dim=1)
-    return (own - exact).norm(dim=1) / torch.where(scale > 0.0, scale, 1.0)
+    found: torch.Tensor = (own - exact).norm(dim=1) / torch.where(scale > 0.0, scale, 1.0)
+    return found
