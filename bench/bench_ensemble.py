@@ -4,7 +4,8 @@
     FASTSHARP_BENCH_REPS=5                       interleaved rounds (5)
 
 Target: at least 20 x faster, same values to 1e-5. Both sides start from models and data: operators, preflight (on both sides, or on
-neither), products, verification and records are counted. One product of all members against as many by autograd stands beside it.
+neither), products, verification and records are counted. Beside it stand a bare loop (torch's double backward on a kept graph under the
+same Lanczos engine: no frozen data, checks, hashes or records), and one product of all members against as many by autograd.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ import fastsharp
 from bench.harness import RESULTS
 from bench.machine import stamp
 from fastsharp.curvature.ensemble import MlpEnsemble
+from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
+from fastsharp.operator import CallableOperator
 
 REPS = int(os.environ.get("FASTSHARP_BENCH_REPS", "5"))
 QUICK = "FASTSHARP_BENCH_N" in os.environ  # tiny sizes asked for: run everything once on few nets, promise nothing
 MEMBERS = 6 if QUICK else 100
 SAMPLES = 50
+TARGET = 20.0
 
 
 def member(e: int) -> tuple[nn.Module, list[Any]]:
@@ -44,6 +48,19 @@ def member(e: int) -> tuple[nn.Module, list[Any]]:
         nn.functional.cross_entropy(model(x), y).backward()
         optimiser.step()
     return model, [(x, y)]
+
+
+def bare(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> fastsharp.Eigenpairs:
+    """The top eigenvalue with nothing around it."""
+    params = list(model.parameters())
+    grads = torch.autograd.grad(nn.functional.cross_entropy(model(batch[0]), batch[1]), params, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in grads])
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            return torch.cat([h.reshape(-1) for h in torch.autograd.grad(flat, params, v, retain_graph=True)])
+
+    return krylov_lanczos(CallableOperator(product, flat.numel()), k=1, check="off")
 
 
 def timed(f: Callable[[], Any]) -> tuple[float, Any]:
@@ -65,12 +82,13 @@ def test_top_eigenvalue_of_many_nets(benchmark: Any, preflight: str) -> None:
         return [fastsharp.lanczos(model, loader, **options) for model, loader in zip(models, data, strict=True)]
 
     alone = [fastsharp.Hessian(model, loader, backend="autograd") for model, loader in zip(models, data, strict=True)]
-    together = MlpEnsemble(alone)
+    together = MlpEnsemble(alone[0], models, [A.objective.batches for A in alone])
     V = torch.randn(MEMBERS, together.n)
-    seconds: dict[str, list[float]] = {"together": [], "loop": [], "product together": [], "products one by one": []}
+    seconds: dict[str, list[float]] = {"together": [], "loop": [], "bare loop": [], "product together": [], "products one by one": []}
     runs: dict[str, Callable[[], Any]] = {
         "together": ours,
         "loop": loop,
+        "bare loop": lambda: [bare(model, loader[0]) for model, loader in zip(models, data, strict=True)],
         "product together": lambda: together.apply(V),
         "products one by one": lambda: [A @ v for A, v in zip(alone, V, strict=True)],
     }
@@ -85,12 +103,16 @@ def test_top_eigenvalue_of_many_nets(benchmark: Any, preflight: str) -> None:
         abs(float(a.eigenvalues[0] / b.eigenvalues[0]) - 1.0) for a, b in zip(outcome["together"][1], outcome["loop"][1], strict=True)
     )
     assert error <= 1e-5
-    ratios = [b / a for a, b in zip(seconds["together"], seconds["loop"], strict=True)]
-    products = [b / a for a, b in zip(seconds["product together"], seconds["products one by one"], strict=True)]
+
+    def ratio(fast: str, slow: str) -> float:
+        return statistics.median(b / a for a, b in zip(seconds[fast], seconds[slow], strict=True))
+
     row = {
         "case": f"{MEMBERS} nets 2-100-100-2, {SAMPLES} samples, top eigenvalue, preflight {preflight!r}",
-        "speedup": statistics.median(ratios),
-        "speedup_of_a_product": statistics.median(products),
+        "target": TARGET,
+        "speedup": ratio("together", "loop"),
+        "speedup_over_bare_loop": ratio("together", "bare loop"),
+        "speedup_of_a_product": ratio("product together", "products one by one"),
         "median_s": {name: statistics.median(spent) for name, spent in seconds.items()},
         "rounds_s": seconds,
         "largest_relative_difference": error,
@@ -98,7 +120,9 @@ def test_top_eigenvalue_of_many_nets(benchmark: Any, preflight: str) -> None:
         "tests_green": True,
         **stamp(),
     }
-    print(f"\n{row['case']}: {row['speedup']:.1f} x faster (products {row['speedup_of_a_product']:.1f} x), values agree to {error:.0e}")
+    print(
+        f"\n{row['case']}: {row['speedup']:.1f} x faster (bare loop {row['speedup_over_bare_loop']:.1f} x, products {row['speedup_of_a_product']:.1f} x; target {TARGET:g} x), values agree to {error:.0e}"
+    )
     print("  " + ", ".join(f"{name} {spent:.3f} s" for name, spent in row["median_s"].items()))
     benchmark.extra_info.update({key: row[key] for key in ("speedup", "speedup_of_a_product", "largest_relative_difference")})
     benchmark.pedantic(ours, rounds=1)

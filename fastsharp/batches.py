@@ -272,15 +272,10 @@ def _sample_hashes(batch: Any) -> list[int]:
     for t in tensors_of(batch):
         flat = t.detach().cpu().contiguous()
         rows = flat if flat.ndim and flat.shape[0] == n else flat.expand(n, *flat.shape).contiguous()
-        columns.append(rows.reshape(n, -1).view(torch.uint8).reshape(n, -1).numpy() if rows.numel() else None)
-    hashes = []
-    for i in range(n):
-        h = hashlib.blake2b(digest_size=_DIGEST)
-        for column in columns:
-            if column is not None:
-                h.update(column[i].data)
-        hashes.append(int.from_bytes(h.digest(), "little"))
-    return hashes
+        if rows.numel():
+            columns.append(rows.reshape(n, -1).view(torch.uint8).numpy())
+    joined = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+    return [int.from_bytes(hashlib.blake2b(row, digest_size=_DIGEST).digest(), "little") for row in joined]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -27,7 +27,7 @@ _HOW_LONG = ("tol", "criterion", "max_iter", "verify")  # the same vectors in th
 
 @overload
 def lanczos(
-    model: Sequence[nn.Module],
+    model: Sequence[nn.Module] | tuple[nn.Module, Mapping[str, torch.Tensor]],
     loader: Any,
     loss_fn: Any = None,
     *,
@@ -122,7 +122,7 @@ def lanczos(
 
     model      an nn.Module, evaluated as it stands and left as it was; or, without a loader, a SymmetricOperator, a square
                tensor, a scipy LinearOperator or `(callable, n)`. A list of models of one architecture gives a list of results,
-               by products of all of them together
+               by products of all of them together; so does (template, {name: (members, *shape)})
     loader     a DataLoader, a Dataset, a list of batches or one batch; batches are `(x, y)` or dicts. The data are read once
                and frozen; beyond the memory budget they are read anew in every product and compared by hash. For a list of models
                one for all, or a list of loaders with one for each (a list of batches is one loader)
@@ -187,8 +187,11 @@ def lanczos(
         "strict": strict,
     }
     if is_ensemble(model):
-        if precision != "auto" or resume is not None:
-            raise InputError("precision= and resume= are for one model, the first argument is a list of them. Leave them out.")
+        for name, given in (("precision", precision != "auto"), ("resume", resume is not None)):
+            if given:
+                raise InputError(
+                    f"{name}= is for one model, the first argument is a list of them. Leave it out, or measure each by a call."
+                )
         solve = {**arguments, "verify": verify, "v0": v0}
         watched: dict[str, Any] = {"progress": progress, "strict_data": strict_data, "preflight": preflight}
         return ensemble_lanczos(model, loader, loss_fn, build=build, solve=solve, memory=memory, **watched)

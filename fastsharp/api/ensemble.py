@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from fastsharp.batches import Batches, Budget
 from fastsharp.curvature import FiniteSum
 from fastsharp.curvature.batch_products import Unavailable
 from fastsharp.curvature.ensemble import GenericEnsemble, MlpEnsemble
-from fastsharp.errors import ArgumentTypeError, InputError, of_member
+from fastsharp.errors import ArgumentTypeError, InputError, listing, of_member
 from fastsharp.krylov.ensemble import lanczos_ensemble
 from fastsharp.krylov.plan import whole_bytes
 from fastsharp.krylov.request import check_arguments
@@ -29,12 +30,12 @@ _SINGLE = (DataLoader, Dataset, Mapping, torch.Tensor)
 
 
 def is_ensemble(model: Any) -> bool:
-    """Whether the first argument of a call means many models: a list, or a tuple that begins with one."""
+    """Whether the first argument of a call means many models: a list, a tuple that begins with one, or (template, stacked parameters)."""
     return isinstance(model, list) or (isinstance(model, tuple) and bool(model) and isinstance(model[0], nn.Module))
 
 
 def ensemble_lanczos(
-    models: Sequence[nn.Module],
+    models: Any,
     loaders: Any,
     loss_fn: Any,
     *,
@@ -49,6 +50,7 @@ def ensemble_lanczos(
 
     build   arguments of the operators, solve: of the solver
     """
+    models = members_of(models)
     data = loaders_of(loaders, _models(models))
 
     def alone(e: int, **options: Any) -> FiniteSum:
@@ -100,6 +102,34 @@ def _checked(operator: FiniteSum, e: int, level: str, strict_data: bool, seed: i
     return operator.preflight
 
 
+def members_of(models: Any) -> Sequence[nn.Module]:
+    """The models themselves, or copies of a template with the parameters of (template, {name: (E, *shape)}) as `stack_module_state` has them."""
+    if not (isinstance(models, tuple) and len(models) == 2 and isinstance(models[1], Mapping)):
+        return models  # type: ignore[no-any-return]
+    template, stacked = models
+    wanted = {name: t for name, t in (*template.named_parameters(), *template.named_buffers())}
+    sizes = {t.shape[0] if isinstance(t, torch.Tensor) and t.ndim else -1 for t in stacked.values()}
+    if stacked.keys() != wanted.keys() or len(sizes) != 1 or -1 in sizes:
+        odd = sorted(stacked.keys() ^ wanted.keys())
+        raise InputError(
+            f"(template, stacked): {'unknown or missing: ' + listing(odd) if odd else 'tensors of unlike first dimensions'}.\n"
+            "Pass one tensor (members, *shape) for each parameter and buffer: params, buffers = torch.func.stack_module_state(models)."
+        )
+    members = []
+    for e in range(sizes.pop()):
+        member = copy.deepcopy(template)
+        with torch.no_grad():
+            for name, t in (*member.named_parameters(), *member.named_buffers()):
+                if stacked[name].shape[1:] != t.shape or stacked[name].dtype != t.dtype:
+                    raise InputError(
+                        f"(template, stacked): {name} is {stacked[name].dtype} {tuple(stacked[name].shape)}, "
+                        f"expected {t.dtype} (members, {', '.join(map(str, t.shape))}) as in the template."
+                    )
+                t.copy_(stacked[name][e])
+        members.append(member)
+    return members
+
+
 def loaders_of(loaders: Any, E: int) -> list[Any]:
     """One loader a member: `loaders` itself for all of them, or its entries where it is a list of loaders.
 
@@ -111,18 +141,18 @@ def loaders_of(loaders: Any, E: int) -> list[Any]:
     if not isinstance(loaders, (list, tuple)):
         one_pass = isinstance(loaders, Iterable) and not isinstance(loaders, _SINGLE)
         return [list(loaders) if one_pass else loaders] * E
-    given, loaders = loaders, [list(entry) if isinstance(entry, Iterator) else entry for entry in loaders]  # one may be read more than once
-    batches = [_is_batch(entry) for entry in loaders]
+    each = [list(entry) if isinstance(entry, Iterator) else entry for entry in loaders]  # one may be read more than once
+    batches = [_is_batch(entry) for entry in each]
     if _is_batch(loaders) or (batches and all(batches)):
-        return [given] * E
+        return [loaders] * E
     if any(batches):
         raise InputError(
             f"entry {batches.index(True)} of the loaders is a batch, entry {batches.index(False)} a loader.\n"
             "Pass a list of batches for all models, or a list of loaders with one for each: [[batch], [batch], ...]."
         )
-    if len(loaders) != E:
-        raise InputError(f"{len(loaders)} loaders for {E} models. Pass one loader for all of them, or a list with one for each.")
-    return loaders
+    if len(each) != E:
+        raise InputError(f"{len(each)} loaders for {E} models. Pass one loader for all of them, or a list with one for each.")
+    return each
 
 
 def _is_batch(entry: Any) -> bool:

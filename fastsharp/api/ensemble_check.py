@@ -19,18 +19,22 @@ from fastsharp.curvature.mlp import agree
 from fastsharp.curvature.stack_gradient import StackGradient
 from fastsharp.difference import DIFFERENCE_GATE, STEP, share
 from fastsharp.engine_check import OWN_GATE
-from fastsharp.errors import EngineError, FastsharpError, NondeterministicOperatorError, NonFiniteError, of_member
+from fastsharp.errors import EngineError, FastsharpError, NondeterministicOperatorError, NonFiniteError, NotSymmetricError, of_member
+from fastsharp.guard import random_states
 from fastsharp.ops import mlp
 from fastsharp.preflight import SYMMETRY_GATE, check_data, defects, least_curvature, outcome_notes, preflight
 
 _PROBES = 3
-_SAMPLES = 64  # of each member, in float64
+_ONE_SIZE = 10.0
+_SAMPLES = 16  # of each member, in float64
+_AT_ONCE = 200_000  # entries of vectors of members together: what stays in the cache
 
 
 def check_ensemble(together: MlpEnsemble, alone: Callable[[int], FiniteSum], *, strict_data: bool = False, seed: int = 0) -> None:
     """The checks of level "fast", whose outcome is in `together.preflight`; `alone` builds the operator of one member.
 
-    Cost: the preflight of member 0; for all members 4 products, one more by autograd in float64, 2 gradients and a forward pass.
+    Cost: the preflight of member 0; for all members 4 products and a forward pass, one product by autograd, and on 16 samples one more
+    and 2 gradients in float64.
     Raises what `fastsharp.preflight` raises, with the member named.
     """
     with of_member(0):
@@ -42,11 +46,13 @@ def check_ensemble(together: MlpEnsemble, alone: Callable[[int], FiniteSum], *, 
             batches = together.batches[e]
             if id(batches) not in data:
                 data[id(batches)] = check_data(batches, "fast", strict_data)
-            fault = _fault(together, e, measured, losses[e])
+            loss, drew = losses[e]
+            fault = _fault(together, e, measured, loss)
             if e == 0:
                 outcome = together.first.preflight | {"engine": measured["engine"]}
-            elif fault is not None or _doubtful(together, measured):
+            elif fault is not None or drew or _doubtful(together, measured):
                 outcome = preflight(alone(e), "fast", strict_data=strict_data, seed=seed)
+                fault = fault or _more_than_rounding(together, measured["symmetry"], outcome["symmetry"])
             else:
                 outcome = {"level": "fast", "data": data[id(batches)], **measured}
             if fault is not None:  # the member by itself has none: it is the kernel's
@@ -79,10 +85,23 @@ def _doubtful(together: MlpEnsemble, measured: dict[str, float]) -> bool:
     return not (symmetric and measured.get("finite_difference", 0.0) <= DIFFERENCE_GATE)
 
 
-def _losses(together: MlpEnsemble) -> list[float]:
-    """The members' losses by their own forward passes."""
+def _more_than_rounding(together: MlpEnsemble, defect: float, alone: float) -> FastsharpError | None:
+    """Rounding, which may miss the gate for symmetry, is of one size whether a member is multiplied by itself or with the others."""
+    if defect <= _ONE_SIZE * max(alone, SYMMETRY_GATE * torch.finfo(together.dtype).eps):
+        return None
+    return NotSymmetricError(f"|u'Hv - v'Hu| is {defect:.2e} of ||u|| ||Hv||, and {alone:.2e} where the member is multiplied by itself.")
+
+
+def _losses(together: MlpEnsemble) -> list[tuple[float, bool]]:
+    """The members' losses by their own forward passes, and whether each drew random numbers."""
+    found, device = [], together.device
     with together.first.objective.quiet():
-        return [together.loss(e) for e in range(together.E)]
+        before = random_states(device)
+        for e in range(together.E):
+            loss, after = together.loss(e), random_states(device)
+            found.append((loss, after != before))
+            before = after
+    return found
 
 
 def _measured(together: MlpEnsemble, generator: torch.Generator) -> list[dict[str, float]]:
@@ -100,31 +119,37 @@ def _measured(together: MlpEnsemble, generator: torch.Generator) -> list[dict[st
 
 
 def _against_autograd(together: MlpEnsemble, v: torch.Tensor, Hv: torch.Tensor) -> dict[str, list[float]]:
-    """The kernel's products Hv (E, n) and torch's in float64, and these and differences of gradients, on a part of the samples."""
-    stack, samples = together.stack, min(_SAMPLES, together.stack.x.shape[1])
-    if samples < stack.x.shape[1]:
-        parts = (t[:, :samples].contiguous() for t in (stack.x, stack.target, stack.weight))
-        Hv = mlp.prepare(stack.net, stack.theta, *parts).product(v.repeat(together.E, 1), out=torch.empty_like(Hv), gauss=together.gauss)
-    double = StackGradient(stack, samples)
-    size = v.double().norm()
-    unit, own = v.double() / size, Hv.double() / size
-    exact, g = double.product(unit, gauss=together.gauss)
-    rounding = _relative(own, exact)
-    engine = rounding
-    if bool((rounding > OWN_GATE).any()):  # kinks and cancellation: the same arithmetic tells whether it is more
-        engine = torch.minimum(
-            rounding, _relative(own, StackGradient(stack, samples, together.dtype).product(unit, gauss=together.gauss)[0])
-        )
-    columns = {"engine": engine.tolist(), "rounding": rounding.tolist()}
-    if not together.gauss:
+    """How far the kernel's products Hv (E, n) are from torch's on all samples; and in float64, with differences of gradients, on a few."""
+    stack = together.stack
+    net, N = stack.net, stack.x.shape[1]
+    few = min(_SAMPLES, N)
+    parts = (t[:, :few].contiguous() for t in (stack.x, stack.target, stack.weight))
+    on_few = mlp.prepare(net, stack.theta, *parts).product(v.repeat(together.E, 1), out=torch.empty_like(Hv), gauss=together.gauss)
+    at_once = max(1, _AT_ONCE // max(net.n, N * max(net.widths)))
+    found = []
+    for e in range(0, together.E, at_once):
+        members = slice(e, e + at_once)
+        own = StackGradient(stack, members, N, stack.theta.dtype).product(v, gauss=together.gauss)[0]
+        measured = {"engine": _relative(Hv[members].double(), own.double())}
+        found.append(measured | _in_double(StackGradient(stack, members, few), v.double(), on_few[members].double(), together.gauss))
+    return {name: [value for part in found for value in part[name].tolist()] for name in found[0]}
+
+
+def _in_double(double: StackGradient, v: torch.Tensor, Hv: torch.Tensor, gauss: bool) -> dict[str, torch.Tensor]:
+    size = v.norm()
+    v, Hv = v / size, Hv / size
+    exact, g = double.product(v, gauss=gauss)
+    measured = {"rounding": _relative(Hv, exact)}
+    if not gauss:
         h = STEP * double.theta.norm(dim=1).clamp_min(1.0)
-        step = h[:, None] * unit
+        step = h[:, None] * v
         E = (double.gradient(double.theta + step) - double.gradient(double.theta - step)).div_(2 * h[:, None]) - exact
-        columns["finite_difference"] = share(E.norm(dim=1), exact.norm(dim=1), g.norm(dim=1), h).tolist()
-    return columns
+        measured["finite_difference"] = share(E.norm(dim=1), exact.norm(dim=1), g.norm(dim=1), h)
+    return measured
 
 
 def _relative(own: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """||own - exact|| / ||exact|| by rows, ||own|| where exact is zero."""
     scale = exact.norm(dim=1)
-    return (own - exact).norm(dim=1) / torch.where(scale > 0.0, scale, 1.0)
+    found: torch.Tensor = (own - exact).norm(dim=1) / torch.where(scale > 0.0, scale, 1.0)
+    return found

@@ -223,7 +223,7 @@ def sample_weights(loss: str | None, options: dict[str, Any], target: Tensor, dt
         samples, size = target.shape[-2:]
         return torch.full(target.shape[:-1], 2.0 / (samples * size) if mean else 2.0, dtype=dtype, device=target.device)
     valid = target != options.get("ignore_index", -100)
-    weight = valid.to(dtype)
+    weight: Tensor = valid.to(dtype)
     if options.get("weight") is not None:
         weight = weight * options["weight"].to(dtype)[target.where(valid, 0)]
     return weight / weight.sum(-1, keepdim=True) if mean else weight

@@ -22,13 +22,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class StackGradient:
-    """The losses L_e of E nets on their first `samples` samples, as functions of their weights theta (E, n)."""
+    """The losses L_e of the nets of a slice of a stack on their first `samples` samples, as functions of their weights theta (E, n)."""
 
-    def __init__(self, stack: Stack, samples: int, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, stack: Stack, members: slice, samples: int, dtype: torch.dtype = torch.float64) -> None:
         self._net = stack.net
-        self.theta = stack.theta.to(dtype)
-        self._x, self._weight = stack.x[:, :samples].to(dtype), stack.weight[:, :samples].to(dtype)
-        target = stack.target[:, :samples]
+        self.theta = stack.theta[members].to(dtype)
+        self._x, self._weight = stack.x[members, :samples].to(dtype), stack.weight[members, :samples].to(dtype)
+        target = stack.target[members, :samples]
         self._target = target.to(dtype) if target.is_floating_point() else target
 
     def gradient(self, theta: Tensor) -> Tensor:

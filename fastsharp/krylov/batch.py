@@ -49,8 +49,11 @@ class Lockstep(ABC):
         self._live = p
         self._V = starts.new_empty((p, min(32, self.steps), -(-n // 16) * 16))
         self._w = starts.new_empty((p, n))
-        for e in range(p):
-            self._V[e, 0, :n] = normalised(starts[e])
+        if starts.stride(0) == 0:  # one vector for all
+            self._V[:, 0, :n] = normalised(starts[0])
+        else:
+            for e in range(p):
+                self._V[e, 0, :n] = normalised(starts[e])
 
     @abstractmethod
     def _multiply(self, V: torch.Tensor, runs: list[int], w: torch.Tensor) -> None:

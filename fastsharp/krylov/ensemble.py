@@ -121,9 +121,9 @@ class _Run:
         """Pairs of every member that has some, unverified where the run had not come to that."""
         if self._now is not None and self._plan is not None:
             group, members = self._now
-            runs, theta, S, _ = group.ritz() if group.live and group.size else ([], None, None, None)
-            for place, run in enumerate(runs):
-                self._keep(group, members, place, run, theta[place], S[place], settled=False)  # type: ignore[index]
+            if group.live and group.size:
+                runs, theta, S, _ = group.ritz()
+                self._keep(group, members, list(range(len(runs))), theta, S, torch.zeros(len(runs), dtype=torch.bool))
         for e, (found, _) in self._found.items():
             assert self._plan is not None
             self.results[e] = assembled(found, self.request, self._plan, self.probes[e], None, settled=False), False
@@ -157,25 +157,26 @@ class _Run:
             stop = rules(torch.tensor(runs), theta, residuals, beta.log().sum(1), norms)
             last = group.size == request.max_iter
             places = list(range(len(runs))) if last else stop.nonzero()[:, 0].tolist()
-            for place in places:
-                self._keep(group, members, place, runs[place], theta[place], S[place], settled=bool(stop[place]))
+            self._keep(group, members, places, theta, S, stop)
             group.retire(places)
             if self.on_step is not None:
                 wanted = theta[-1][select(theta[-1], request.which, request.k)]
                 self.on_step(self.n_matvec, tuple(wanted.tolist()), float(request.max_iter * self.together.E))
         self._now = None
 
-    def _keep(self, group: Group, members: list[int], place: int, run: int, theta: torch.Tensor, S: torch.Tensor, *, settled: bool) -> None:
-        """Note the wanted pairs of a run that is over; its basis is not needed any more."""
-        chosen = select(theta, self.request.which, self.request.k)
-        e, block = members[run], group.blocks[run]
-        self._found[e] = (
-            Found(
+    def _keep(
+        self, group: Group, members: list[int], places: list[int], theta: torch.Tensor, S: torch.Tensor, settled: torch.Tensor
+    ) -> None:
+        """Note the wanted pairs of runs that are over; their bases are not needed any more."""
+        chosen = select(theta[places], self.request.which, self.request.k)
+        for place, run, wanted, over in zip(places, group.runs(places), chosen, settled[places].tolist(), strict=True):
+            e, block = members[run], group.blocks[run]
+            found = Found(
                 operator=self.together.member(e),
-                theta=theta,
-                estimates=block.beta[-1] * S[-1].abs(),
-                chosen=chosen,
-                X=group.vectors(place, S.T[chosen]),
+                theta=theta[place],
+                estimates=block.beta[-1] * S[place, -1].abs(),
+                chosen=wanted,
+                X=group.vectors(place, S[place].T[wanted]),
                 noise=0.0,
                 eps=group.eps,
                 norm=group.norms[run],
@@ -185,9 +186,8 @@ class _Run:
                 breakdowns=0,
                 thick_restarts=0,
                 second_passes=group.second_passes[run],
-            ),
-            settled,
-        )
+            )
+            self._found[e] = found, over
 
     def _verify(self, plan: Plan) -> None:
         """One block product with the Ritz vectors of all runs that are over."""

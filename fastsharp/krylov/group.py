@@ -49,6 +49,10 @@ class Group(Lockstep):
             self.norms[r] = max(self.norms[r], largest)
         return runs, theta, S, beta
 
+    def runs(self, places: list[int]) -> list[int]:
+        """The runs at these places."""
+        return [self._slots[place] for place in places]
+
     def vectors(self, place: int, S: torch.Tensor) -> torch.Tensor:
         """Ritz vectors S V (k, n) of the run at this place, for rows S (k, m)."""
         X = torch.empty((S.shape[0], self.n), dtype=self._w.dtype, device=self._w.device)

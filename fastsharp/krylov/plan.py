@@ -8,7 +8,7 @@ thick restart whenever the basis is full; rows in host memory. A budget below th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """Plain data for the settings of a result."""
-        return asdict(self)
+        return dict(vars(self))
 
     def notes(self) -> list[str]:
         """What a result must say of it."""
