@@ -58,7 +58,7 @@ def test_every_part_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype) -
 def test_trace_and_norm_share_their_products() -> None:
     case = family("random", 200, F64)
     s, count = solve(case, rtol=0.1)
-    krylov, verified = s.settings["krylov_products"], s.eigenpairs.n_verify
+    krylov, verified = s.eigenpairs.n_matvec, s.eigenpairs.n_verify
     assert s.trace is not None and s.frobenius is not None
     assert s.frobenius.n_matvec == count - krylov - verified
     assert s.trace.n_matvec <= s.frobenius.n_matvec < s.trace.n_matvec + s.frobenius.samples + 16
