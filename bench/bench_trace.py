@@ -12,6 +12,7 @@ All sides multiply by the same float64 matrix.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -50,7 +51,7 @@ def hutchpp(H: torch.Tensor, third: int, g: torch.Generator) -> float:
 
 def at_equal_error(curve: list[tuple[int, float]], wanted: float) -> float:
     """Products at which a falling curve of (products, variance) reaches `wanted`, log-linear between its points."""
-    for (m0, v0), (m1, v1) in zip(curve, curve[1:], strict=False):
+    for (m0, v0), (m1, v1) in itertools.pairwise(curve):
         if v1 <= wanted:
             share = min(max(math.log(v0 / wanted) / math.log(v0 / v1), 0.0), 1.0)
             return m0 * (m1 / m0) ** share

@@ -213,15 +213,31 @@ def test_the_command_line_continues_a_log(tmp_path: Path, monkeypatch: pytest.Mo
     assert "ResumeMismatchError" in capsys.readouterr().err
 
 
+def killed(folder: Path, **rounds: int) -> dict[str, Any]:
+    """What `tests.kills` found, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    asked = [str(word) for item in rounds.items() for word in item]
+    command = [sys.executable, "-m", "tests.kills", str(folder), *asked]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
 @pytest.mark.slow
 def test_100_kills_at_random_moments_lose_at_most_one_step(tmp_path: Path) -> None:
     """All hit a running process; the most lost is the step that was being taken; all 50 runs end with the same bits."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-m", "tests.kills", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = killed(tmp_path, lanczos=50)["lanczos"]
     assert found["kills"] == 100 and found["hit"] >= 90 and found["while_computing"] >= 50, found
     assert found["most_lost"] <= 1 and found["same"] == 50, found
+
+
+def test_kills_of_estimates_lose_at_most_one_product(tmp_path: Path) -> None:
+    """A dozen each; FASTSHARP_KILL_ROUNDS=50 for a hundred."""
+    rounds = int(os.environ.get("FASTSHARP_KILL_ROUNDS", "6"))
+    for name, found in killed(tmp_path, density=rounds, trace=rounds, spectrum=rounds).items():
+        assert found["kills"] == 2 * rounds and found["hit"] >= 1.5 * rounds and found["while_computing"] >= rounds / 2, (name, found)
+        assert found["most_lost"] <= 1 and found["same"] == rounds, (name, found)
 
 
 def test_a_log_holds_the_products_of_one_operator(tmp_path: Path) -> None:
