@@ -156,6 +156,10 @@ class Run:
             return False
         if self.budget.exact is not None and 2 * self.products.count >= self.budget.exact <= self._left():
             raise Exact
+        if (
+            not self.root and self.seen.variance < self.seen.energy
+        ):  # mostly diagonal, which signs see exactly and a projection would spread
+            return False
         ratio = 0.5 if before is None else self.seen.variance / before
         return count * (1 - ratio) > 2 * BLOCK
 

@@ -130,7 +130,7 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(error, match=next(iter(bad))):
             spectrum(A, **bad)  # type: ignore[arg-type]
-    monkeypatch.setattr(plan, "_UNRATIONED", 0)
+    monkeypatch.setattr(plan, "UNRATIONED", 0)
     B = DenseOperator(torch.eye(100))
     with pytest.raises(BasisMemoryError, match="one by one"):
         spectrum(B, k=1, memory=(60 + 4) * 112 * 2)
