@@ -17,7 +17,7 @@ from fastsharp.krylov.density_plan import DensityPlan, make_density_plan
 from fastsharp.krylov.slq import density
 from fastsharp.operator import SymmetricOperator
 
-N, PROBES, STEPS = 60_000, 4, 20
+N, PROBES, STEPS = 60_000, 4, 40
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROW = 4 * N
 EACH, SCRATCH = (STEPS + 2) * ROW, 2 * ROW
@@ -62,16 +62,16 @@ def test_the_first_that_fits_is_taken(memory: int | None, want: tuple[object, ..
 
 
 def test_a_gpu_turns_to_the_host_before_it_gives_up() -> None:
-    p = planned(14 * ROW, device=CUDA, host=40 * ROW)
+    p = planned(14 * ROW, device=CUDA, host=60 * ROW)
     assert (p.storage, p.place, p.at_once, p.host_bytes) == ("float32", "host", 1, (STEPS + 8) * ROW) and p.bytes <= 14 * ROW
     assert type(p.basis(100, torch.float32, CPU)) is HostRows and type(planned(EACH).basis(100, torch.float32, CPU)) is HalfRows
     with pytest.raises(BasisMemoryError):
-        planned(14 * ROW, device=CUDA, host=20 * ROW)
+        planned(14 * ROW, device=CUDA, host=40 * ROW)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_what_does_not_fit_names_what_would(dtype: torch.dtype) -> None:
-    with pytest.raises(BasisMemoryError, match=r"(?s)20 steps on n = 60,000 .* one probe at least, .*\((\d+) would fit\)") as caught:
+    with pytest.raises(BasisMemoryError, match=r"(?s)40 steps on n = 60,000 .* one probe at least, .*\((\d+) would fit\)") as caught:
         planned(10 * ROW, dtype=dtype)
     fitting = int(str(caught.value).split(" would fit")[0].split("(")[-1])
     if fitting:
