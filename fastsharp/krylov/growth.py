@@ -3,8 +3,8 @@
 The part is known when the step is done, from `KrylovSpace.squares`. N samples of tr B have an error of about sqrt(2 / N) ||B||_F, so that
 a block of steps that moves a share s of ||B||_F^2 saves s N samples; steps go on while that is more than the products they take. A sketch
 of images, as in Hutch++, takes two products a dimension, and its dimensions lie less well: after 30 Krylov steps on four trained
-networks Hutch++ with 192 products is matched with 0.45 to 0.55 of them this way, 0.70 to 0.72 where images join the space, and 1.2 to 2.1
-where nothing does (bench/bench_trace.py). Source: Chen and Hallman 2023 (arXiv 2205.01736) grow the space likewise, to a size of their own.
+networks of 1,400 to 1,950 parameters the variance of Hutch++ with 192 products is matched with 0.45 to 0.55 of them this way, with 0.70 to
+0.72 where images join the space, and with 1.2 to 2.1 where nothing does (pilots not counted; with them: bench/bench_trace.py). Source: Chen and Hallman 2023 (arXiv 2205.01736) grow the space likewise, to a size of their own.
 """
 
 from __future__ import annotations
