@@ -28,7 +28,7 @@ K, TOL = 12, 1e-3
 
 
 def test_float16_and_restarted_bases_on_a_network(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_UNRATIONED", 0)
+    monkeypatch.setattr(plan, "UNRATIONED", 0)
     model, batches, name = fashion_mlp(256, 128, 1) if QUICK else fashion_mlp()
     operator = fastsharp.Hessian(model, batches, F.cross_entropy)
     preflight(operator)

@@ -91,6 +91,10 @@ class RecordedOperator(SymmetricOperator):
     def layout(self) -> Any:
         return self._inner.layout
 
+    def cheap(self, precision: str) -> SymmetricOperator:
+        """The inner matrix's cheap products, in the same log and marked there with their precision."""
+        return _Cheap(self, self._inner.cheap(precision), precision)
+
     def check_unchanged(self) -> None:
         self._inner.check_unchanged()
 
@@ -102,12 +106,16 @@ class RecordedOperator(SymmetricOperator):
             self._append({"kind": _END, "products": self._products}, sync=True)
 
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
-        head = {"kind": _PRODUCT, "rows": V.shape[0], "input": zlib.crc32(_bytes(V))}
+        self.multiply(self._inner, {}, V, out)
+
+    def multiply(self, inner: SymmetricOperator, mark: dict[str, str], V: torch.Tensor, out: torch.Tensor) -> None:
+        """out <- V times `inner`, from the log or into it; `mark` tells its records from those of other operators in the log."""
+        head = {"kind": _PRODUCT, **mark, "rows": V.shape[0], "input": zlib.crc32(_bytes(V))}
         self._calls += 1
         self._products += V.shape[0]
-        if self._replaying and self._replay(head, V, out):
+        if self._replaying and self._replay(inner, head, V, out):
             return
-        self._inner.apply(V, out)
+        inner.apply(V, out)
         if not self._stopped:
             product = out.detach().cpu()
             if np.isfinite(product.numpy()).all():  # several times faster than torch's
@@ -115,7 +123,7 @@ class RecordedOperator(SymmetricOperator):
             else:  # a run ends here; begun anew it shall not read the same from the log
                 self._stopped = f"product {self._calls} is not finite and was not logged"
 
-    def _replay(self, head: dict[str, Any], V: torch.Tensor, out: torch.Tensor) -> bool:
+    def _replay(self, inner: SymmetricOperator, head: dict[str, Any], V: torch.Tensor, out: torch.Tensor) -> bool:
         """Put the recorded product into `out`; False where the log ends or this run leaves the recorded one."""
         place = self._log.place
         record = self._log.read()
@@ -131,7 +139,7 @@ class RecordedOperator(SymmetricOperator):
             return False
         product = torch.frombuffer(body, dtype=self.dtype).view(V.shape).to(self.device)
         if self._agrees is None:
-            self._agrees = self._compute_again(V[:1], product[:1])
+            self._agrees = self._compute_again(inner, V[:1], product[:1])
         out.copy_(product)
         self._replayed += V.shape[0]
         return True
@@ -146,9 +154,9 @@ class RecordedOperator(SymmetricOperator):
                 f"the log goes on with products that this run did not ask for, so product {self._calls} and later ones were not logged"
             )
 
-    def _compute_again(self, v: torch.Tensor, recorded: torch.Tensor) -> str:
+    def _compute_again(self, inner: SymmetricOperator, v: torch.Tensor, recorded: torch.Tensor) -> str:
         """A v against the log: what to say of it. ResumeMismatchError beyond what rounding explains."""
-        computed = self._inner.apply(v)
+        computed = inner.apply(v)
         if torch.equal(computed.view(torch.uint8), recorded.contiguous().view(torch.uint8)):
             return "one was computed again and is the same bit for bit"
         size = float(torch.linalg.vector_norm(computed, dtype=torch.float64))
@@ -196,6 +204,37 @@ class RecordedOperator(SymmetricOperator):
         except LogError as error:
             self._stopped = f"the log {self._log.path} stopped growing after {self._log.index} records"
             warnings.warn(f"{error}\nThe run goes on without the log.", LogStoppedWarning, stacklevel=stacklevel())
+
+
+@final
+class _Cheap(SymmetricOperator):
+    """The cheap products that belong to a recorded operator, in its log."""
+
+    def __init__(self, recorded: RecordedOperator, inner: SymmetricOperator, precision: str) -> None:
+        super().__init__(inner.n, inner.dtype, inner.device)
+        self._recorded, self._inner, self._precision = recorded, inner, precision
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._inner.notes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._inner.settings
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self._inner.provenance
+
+    @property
+    def noise(self) -> float:
+        return self._inner.noise
+
+    def check_unchanged(self) -> None:
+        self._inner.check_unchanged()
+
+    def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
+        self._recorded.multiply(self._inner, {"precision": self._precision}, V, out)
 
 
 def _bytes(t: torch.Tensor) -> memoryview:

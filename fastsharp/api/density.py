@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastsharp.api.resume import recorded
-from fastsharp.api.subject import checked, operator_of
+from fastsharp.api.subject import basis_memory, checked, operator_of
+from fastsharp.krylov.density_plan import make_density_plan
 from fastsharp.krylov.slq import check_arguments
 from fastsharp.krylov.slq import density as krylov_density
 from fastsharp.params import Selector
@@ -52,7 +53,9 @@ def density(
     progress   True, False, or None: shown where the error stream is a terminal
 
     Returns Density: nodes, weights (sum 1), cdf, pdf, moments, and a bound of the Wasserstein-1 distance to the true distribution
-    at 95 % confidence. Cost: probes * steps products and the preflight; probes * (steps + 3) * n numbers of memory.
+    at 95 % confidence. Cost: probes * steps products and the preflight; (probes * (steps + 2) + 2) n numbers of memory, less where
+    half of `memory` does not hold them: fewer probes at once, then float16 rows, then host memory (GPU), as settings["plan"] says.
+    BasisMemoryError names what one probe needs, where not even that fits.
     Raises subclasses of FastsharpError that name the object, the cause and one thing to do; Interrupted on Ctrl-C, with
     `.partial`. Sources: Ubaru, Chen & Saad 2017; Laurie 1996; Chen, Trogdon & Ubaru 2410.21690 and 2105.06595.
     """
@@ -72,8 +75,11 @@ def density(
     )
     arguments: dict[str, Any] = {"probes": probes, "steps": steps, "kind": kind, "seed": seed}
     check_arguments(matrix.n, **arguments)  # before the preflight spends products
+    wish = make_density_plan(matrix.n, matrix.dtype, matrix.device, probes, steps).bytes
+    budget: dict[str, Any] = basis_memory(matrix, memory, wish)
+    make_density_plan(matrix.n, matrix.dtype, matrix.device, probes, steps, **budget)  # what cannot fit is said before the preflight
     check = checked(matrix, preflight=preflight, strict_data=strict_data, seed=seed)
     shown = Progress(progress)
-    logged = recorded(matrix, resume, "density", arguments, may_change=("steps",))
+    logged = recorded(matrix, resume, "density", arguments, may_change=("steps",), basis_bytes=budget["memory"])
     with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
-        return krylov_density(A, check=check, on_step=shown.on_step, **arguments)
+        return krylov_density(A, check=check, on_step=shown.on_step, on_plan=shown.on_plan, **budget, **arguments)

@@ -151,7 +151,7 @@ def lanczos(
     strict_data  raise when the loader returns other samples on a second draw, instead of the warning
     preflight  "full", "fast" or "off": see `fastsharp.preflight`
     resume     path of a log of the products: created if absent, continued if there. A continued run gives the bits of an uninterrupted
-               one; the preflight runs before and is not logged
+               one; the preflight runs before and is not logged. With `precision`, cheap and exact products are in one log, told apart
 
     Returns Eigenpairs: values float64 (k,), vectors (k, n) rows on the model's device, residuals, error bounds, flags, notes.
     Cost: `n_matvec` Krylov products + k for the residuals + preflight (4 products on one batch).
@@ -165,8 +165,6 @@ def lanczos(
         raise InputError(
             f"precision={precision!r} takes its values from exact products, verify=False leaves those out. Drop one of the two."
         )
-    if precision != "auto" and resume is not None:
-        raise InputError(f"resume= logs the products of one operator, precision={precision!r} multiplies by two. Drop one of the two.")
     build: dict[str, Any] = {
         "params": params,
         "reduction": reduction,
@@ -201,7 +199,10 @@ def lanczos(
     check = checked(matrix, preflight=preflight, strict_data=strict_data, seed=seed)
     cheap = None if precision == "auto" else matrix.cheap(precision)
     shown = Progress(progress)
-    logged = recorded(matrix, resume, "lanczos", {**arguments, "v0": v0}, may_change=_HOW_LONG, basis_bytes=budget["memory"])
+    facts = {**arguments, "v0": v0, **({} if precision == "auto" else {"precision": precision})}
+    logged = recorded(matrix, resume, "lanczos", facts, may_change=_HOW_LONG, basis_bytes=budget["memory"])
     with shown, torch.inference_mode(False), torch.no_grad(), logged as A:  # vectors that outlive the caller's inference mode
         options = {"v0": v0, "check": check, "on_step": shown.on_step, "on_plan": shown.on_plan, **budget, **arguments}
-        return krylov_lanczos(A, verify=verify, **options) if cheap is None else ladder(cheap, A, **options)
+        if cheap is None:
+            return krylov_lanczos(A, verify=verify, **options)
+        return ladder(cheap if A is matrix else A.cheap(precision), A, **options)

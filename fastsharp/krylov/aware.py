@@ -17,8 +17,8 @@ import torch
 from fastsharp import ops
 from fastsharp.errors import ArgumentTypeError, DeviceError, DtypeError, InputError, ShapeError
 from fastsharp.krylov.products import Products
-from fastsharp.krylov.rows import scaled
-from fastsharp.krylov.tridiagonal import Tridiagonal
+from fastsharp.krylov.rows import norm, scaled
+from fastsharp.krylov.tridiagonal import Tridiagonal, breakdown_threshold
 from fastsharp.operator import SymmetricOperator
 from fastsharp.results import Eigenpairs
 
@@ -67,11 +67,7 @@ class KrylovSpace:
 
     def project(self, W: torch.Tensor) -> torch.Tensor:
         """W <- W (I - V'V) in place, one pass: rows W (b, n)."""
-        if self.size and W.shape[0]:
-            out = torch.empty((W.shape[0], self.size + 1), dtype=torch.float64, device=W.device)
-            ops.dots(self.V, W, out=out)
-            ops.update(self.V, W, out[:, :-1].contiguous(), out=torch.empty(W.shape[0], dtype=torch.float64, device=W.device))
-        return W
+        return _remove(self.V, W)
 
     def grown(self, W: torch.Tensor, products: Products) -> KrylovSpace:
         """The space with the span of rows W (b, n) added, their images taken by at most b products.
@@ -88,6 +84,37 @@ class KrylovSpace:
         if not Q.shape[0]:
             return self
         return self.extended(Q, products(Q))
+
+    def lengthened(self, w: torch.Tensor, steps: int, products: Products) -> tuple[KrylovSpace, torch.Tensor | None]:
+        """The space with up to `steps` Lanczos vectors of (I - V'V) H (I - V'V) from w (n,) added, one product each.
+
+        ->  also w for the next call, None where w lies in the space, up to rounding: the Krylov space is invariant then
+        """
+        Q = torch.empty((steps, w.numel()), dtype=w.dtype, device=w.device)
+        U = torch.empty_like(Q)
+        scale, taken = float(self.T.diagonal().abs().max()) if self.size else 0.0, 0
+        ahead: torch.Tensor | None = w
+        while taken < steps and ahead is not None:
+            scale = max(scale, norm(ahead))
+            q, length = self._outside(ahead, Q[:taken])
+            if length <= breakdown_threshold(w.numel(), products.eps, scale):
+                ahead = None
+            else:
+                Q[taken] = q
+                U[taken] = products(q[None])[0]
+                ahead, taken = U[taken], taken + 1
+        return (self.extended(Q[:taken], U[:taken]) if taken else self), ahead
+
+    def _outside(self, w: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The part of w outside of V and of further rows Q, with norm one, and the norm it had: two passes."""
+        length = norm(w)
+        q = w.clone()[None]
+        for _ in range(2):
+            if length > 0.0:
+                q /= norm(q[0])
+                _remove(Q, self.project(q))
+                length *= norm(q[0])
+        return (q[0] / norm(q[0]) if length > 0.0 else q[0]), length
 
     def extended(self, Q: torch.Tensor, U: torch.Tensor) -> KrylovSpace:
         """The space with orthonormal rows Q (b, n), orthogonal to V, of known images U = Q H."""
@@ -151,6 +178,15 @@ def check_space(space: KrylovSpace, products: Products, seed: int) -> None:
             f"{name}: pairs belong to another matrix: a combination of their vectors has the Rayleigh quotient {found:.6g}, "
             f"their values say {stated:.6g}.\nRun lanczos on this operator, at these weights and data."
         )
+
+
+def _remove(V: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """W <- W (I - V'V) in place, one pass: orthonormal rows V (m, n), rows W (b, n)."""
+    if V.shape[0] and W.shape[0]:
+        out = torch.empty((W.shape[0], V.shape[0] + 1), dtype=torch.float64, device=W.device)
+        ops.dots(V, W, out=out)
+        ops.update(V, W, out[:, :-1].contiguous(), out=torch.empty(W.shape[0], dtype=torch.float64, device=W.device))
+    return W
 
 
 def space_of(pairs: object, operator: SymmetricOperator, name: str) -> KrylovSpace:

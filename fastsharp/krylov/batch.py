@@ -30,6 +30,7 @@ class Lockstep(ABC):
 
     starts    (p, n) start vectors, non-zero and finite; rows are normalised
     steps     most steps of each run, at most n
+    upfront   take the whole storage at once, where the copy of a growth has no room
 
     A step costs one product a live run, two passes over the bases and one read by the host. Memory: p (steps + 2) n elements.
     Subclasses multiply, and say what becomes of a run whose product is not finite or not that of a symmetric matrix.
@@ -37,7 +38,7 @@ class Lockstep(ABC):
 
     call = "lanczos"  # whose messages these are
 
-    def __init__(self, starts: torch.Tensor, steps: int) -> None:
+    def __init__(self, starts: torch.Tensor, steps: int, *, upfront: bool = False) -> None:
         p, n = starts.shape
         self.n, self.steps = n, min(steps, n)
         self.eps = torch.finfo(starts.dtype).eps
@@ -47,7 +48,7 @@ class Lockstep(ABC):
         self.second_passes = [0] * p
         self._slots = list(range(p))  # runs by place in the storage; the live ones come first
         self._live = p
-        self._V = starts.new_empty((p, min(32, self.steps), -(-n // 16) * 16))
+        self._V = starts.new_empty((p, self.steps if upfront else min(32, self.steps), -(-n // 16) * 16))
         self._w = starts.new_empty((p, n))
         if starts.stride(0) == 0:  # one vector for all
             self._V[:, 0, :n] = normalised(starts[0])
@@ -185,10 +186,12 @@ class Batch(Lockstep):
 
     call = "density"
 
-    def __init__(self, operator: SymmetricOperator, starts: torch.Tensor, steps: int) -> None:
-        super().__init__(starts, steps)
+    def __init__(
+        self, operator: SymmetricOperator, starts: torch.Tensor, steps: int, *, shift: int | None = None, upfront: bool = False
+    ) -> None:
+        super().__init__(starts, steps, upfront=upfront)
         self.operator = operator
-        self.shift: int | None = None  # None until the first non-zero product
+        self.shift = shift  # None until the first non-zero product
 
     def _fault(self, run: int | None, error: NonFiniteError | NotSymmetricError) -> None:
         raise error

@@ -22,6 +22,7 @@ from fastsharp.krylov.stages import BLOCK, MIN_FINAL, Drawn, Interval, Law, Samp
 from fastsharp.results import Estimate
 
 OnStep = Callable[[int, tuple[float, ...], float], None]
+Absorb = Callable[[float, float, float], bool]
 
 CUT_SHORT = "the run was cut short: the number of samples was not fixed in advance, so the interval may be too narrow"
 
@@ -69,7 +70,7 @@ class Run:
     least   samples of the smallest final stage
     root    the quantity is the square root of what is sampled
     power   the quantity is in units of 2^shift
-    absorb  puts the last block of probes to use in the known space; None for plain Hutchinson
+    absorb  lets the known space grow, given samples planned, energy and products left; None for plain Hutchinson
     forced  absorb at least once
     """
 
@@ -83,7 +84,7 @@ class Run:
         least: int = MIN_FINAL,
         root: bool = False,
         power: bool = True,
-        absorb: Callable[[], bool] | None = None,
+        absorb: Absorb | None = None,
         forced: bool = False,
         on_step: OnStep | None = None,
         notes: tuple[str, ...] = (),
@@ -99,6 +100,7 @@ class Run:
         self.seen = Samples()
         self.stage = -1  # number of the final stage that `seen` belongs to; -1: pilot
         self.absorbed = 0
+        self._kept: Estimate | None = None
         self._absorb, self._forced, self._on_step = absorb, forced, on_step
         self._cost = float(BLOCK)  # products of one block, as seen last
         self._expected = float(budget.most)
@@ -108,8 +110,7 @@ class Run:
         count = self._plan()
         while True:
             self._offer_exact(count)
-            self.stage += 1
-            self.seen = Samples()
+            self._begin(self.stage + 1)
             count = min(count, max(self._fits(), BLOCK))
             self._expected = self.products.count + count / BLOCK * self._cost
             while len(self.seen) < count and (self._left() >= self._cost or not self.seen.blocks):
@@ -120,6 +121,10 @@ class Run:
                 return self.estimate(interval, converged=not missed)
             count = min(self._size(interval.value), longest(self.seen))
 
+    def _begin(self, stage: int) -> None:
+        """No samples yet; what was known stays the partial result until there are."""
+        self._kept, self.stage, self.seen = self.partial(), stage, Samples()
+
     def _plan(self) -> int:
         """Pilot stages; the samples of the final one."""
         before: float | None = None
@@ -129,11 +134,12 @@ class Run:
             value = self.interval().value
             count = self._size(value)
             if pays and self._absorb is not None and self._absorbing_pays(count, before):
-                before = self.seen.variance
-                pays = self._absorb()
+                seen, before = self.seen, self.seen.variance
+                self._begin(self.stage)  # the samples belong to the space as it was
+                pays = self._absorb(float(count), seen.energy, self._left())
                 self.absorbed += pays
-                if pays:
-                    self.seen = Samples()
+                if not pays:
+                    self.seen = seen
                 continue
             pays = False
             within = min(count, self._fits(), self.budget.exact or count)
@@ -150,6 +156,10 @@ class Run:
             return False
         if self.budget.exact is not None and 2 * self.products.count >= self.budget.exact <= self._left():
             raise Exact
+        if (
+            not self.root and self.seen.variance < self.seen.energy
+        ):  # mostly diagonal, which signs see exactly and a projection would spread
+            return False
         ratio = 0.5 if before is None else self.seen.variance / before
         return count * (1 - ratio) > 2 * BLOCK
 
@@ -204,9 +214,9 @@ class Run:
         return math.ldexp(x, self.products.unit) if self.power else x
 
     def partial(self) -> Estimate | None:
-        """The samples so far; None before the first."""
+        """The samples so far, or those of the stage before; None before the first."""
         if not self.seen.blocks:
-            return None
+            return self._kept
         return self.estimate(self.interval(), converged=False, extra=(CUT_SHORT,))
 
     def estimate(self, interval: Interval, *, converged: bool, extra: tuple[str, ...] = ()) -> Estimate:

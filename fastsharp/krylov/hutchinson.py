@@ -11,6 +11,7 @@ import torch
 
 from fastsharp import ops
 from fastsharp.krylov.aware import KrylovSpace
+from fastsharp.krylov.growth import grow
 from fastsharp.krylov.products import Products
 from fastsharp.krylov.rows import chunks
 from fastsharp.krylov.stages import BLOCK, Drawn
@@ -32,6 +33,8 @@ class Complement:
         self.drawn = 0
         self._largest = 0.0  # ||z|| ||Hz|| or ||Hz||^2 of a probe
         self._images: torch.Tensor | None = None
+        self._ahead: torch.Tensor | None = None  # where the Krylov steps go on
+        self._moved: float | None = None  # energy that the last of them moved
 
     @property
     def known(self) -> float:
@@ -70,7 +73,24 @@ class Complement:
         self._images = u
         return z, u, size
 
-    def absorb(self) -> bool:
+    def lengthen(self, samples: float, energy: float, left: float) -> bool:
+        """Krylov steps from the space, or from an image of the last block, while they pay (`growth`); False if there was nothing to gain."""
+        if self._moved is not None and samples * self._moved <= BLOCK * energy:
+            return False
+
+        def block() -> float:
+            ahead = self._images[0] if self._ahead is None and self._images is not None else self._ahead
+            if ahead is None or self.space.size + BLOCK > self.products.operator.n:
+                return 0.0
+            before = self.space.squares
+            self.space, self._ahead = self.space.lengthened(ahead, BLOCK, self.products)
+            self._images = None
+            return self.space.squares - before
+
+        grown, self._moved = grow(block, samples, energy, left)
+        return grown
+
+    def absorb(self, samples: float, energy: float, left: float) -> bool:
         """Put the images of the last block into the space, at most BLOCK products; False if there is nothing to gain."""
         if self._images is None or self.space.size + BLOCK > self.products.operator.n:
             return False

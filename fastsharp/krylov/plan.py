@@ -17,11 +17,11 @@ from fastsharp.errors import BasisMemoryError
 from fastsharp.krylov.basis import Basis, HalfRows, HostRows, Rows, padded
 from fastsharp.krylov.request import Request
 
-_UNRATIONED = 16 << 20  # a basis below this many bytes is not worth a restart
+UNRATIONED = 16 << 20  # a basis below this many bytes is not worth a restart
 _LEAST_TAIL = 8  # rows beyond k that a restarted run needs to get anywhere
 _HALF_TOL = 1e-3  # Ritz vectors from float16 rows have residuals of 2e-4 to 4e-4 of the value
-_STAGING = 8 + 3  # rows on the device when the basis is in host memory
-_HALF_RING = 3
+STAGING = 8 + 3  # rows on the device when the basis is in host memory
+HALF_RING = 3
 _RESTART_FACTOR = 1.2  # products against an unrestarted run: 1.0 to 1.13 on the test spectra with k + 8 rows
 
 
@@ -50,7 +50,7 @@ class Plan:
 
     def __str__(self) -> str:
         how = f"{self.rows} rows of {self.storage} on the {self.place}" + (f", {self.kept} kept when full" if self.kept else "")
-        size = f"{_spoken(self.bytes)} on the device" + (f" and {_spoken(self.host_bytes)} on the host" if self.host_bytes else "")
+        size = f"{spoken(self.bytes)} on the device" + (f" and {spoken(self.host_bytes)} on the host" if self.host_bytes else "")
         return f"basis: {how}; {size}; about {self.expected_products} products expected"
 
     def record(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Plan:
             notes.append("the basis was kept in host memory to fit the memory budget")
         if self.budget is not None and self.bytes > self.budget:
             notes.append(
-                f"the run needs {_spoken(self.bytes)} for its basis and Ritz vectors at least, more than the budget of {_spoken(self.budget)}"
+                f"the run needs {spoken(self.bytes)} for its basis and Ritz vectors at least, more than the budget of {spoken(self.budget)}"
             )
         return notes
 
@@ -104,26 +104,26 @@ def make_plan(
             storage, place, rows, kept, on_device, rows * per_row if place == "host" else 0, min(expected, request.max_iter), memory
         )
 
-    if memory is None or min(whole, typical) * row <= _UNRATIONED:
-        unrationed = whole if memory is None else max(typical, _UNRATIONED // row, (memory - 2 * k * row) // row)
+    if memory is None or min(whole, typical) * row <= UNRATIONED:
+        unrationed = whole if memory is None else max(typical, UNRATIONED // row, (memory - 2 * k * row) // row)
         return plan(name, "device", unrationed, row, 0)
     full = (memory - 2 * k * row) // row
     if full >= typical:
         return plan(name, "device", full, row, 0)
-    half = (memory - (2 * k + _HALF_RING) * row) // (row // 2)
+    half = (memory - (2 * k + HALF_RING) * row) // (row // 2)
     if dtype == torch.float32 and half >= typical and (request.tol >= _HALF_TOL or request.criterion == "value"):
-        return plan("float16", "device", half, row // 2, _HALF_RING)
+        return plan("float16", "device", half, row // 2, HALF_RING)
     least = k + _LEAST_TAIL
     if full >= least:
         return plan(name, "device", full, row, 0, round(_RESTART_FACTOR * products))
-    if device.type == "cuda" and (2 * k + _STAGING) * row <= memory and (host_memory is None or typical * row <= host_memory):
+    if device.type == "cuda" and (2 * k + STAGING) * row <= memory and (host_memory is None or typical * row <= host_memory):
         rows = whole if host_memory is None else host_memory // row
-        return plan(name, "host", rows, row, _STAGING)
+        return plan(name, "host", rows, row, STAGING)
     smallest = plan(name, "device", least, row, 0, round(_RESTART_FACTOR * products))
     if host_memory is not None and device.type != "cuda" and smallest.bytes > host_memory:
         raise BasisMemoryError(
-            f"lanczos: k = {k} pairs of n = {n:,} need {_spoken(smallest.bytes)} at least ({least} basis rows, {2 * k} for Ritz vectors), "
-            f"but {_spoken(host_memory)} are free.\n"
+            f"lanczos: k = {k} pairs of n = {n:,} need {spoken(smallest.bytes)} at least ({least} basis rows, {2 * k} for Ritz vectors), "
+            f"but {spoken(host_memory)} are free.\n"
             "Ask for fewer pairs, choose fewer parameters with params=, or free memory."
         )
     return smallest
@@ -139,7 +139,8 @@ def whole_bytes(n: int, dtype: torch.dtype, request: Request) -> int:
     return (request.max_iter + 1 + 2 * request.k) * padded(n) * (torch.finfo(dtype).bits // 8)
 
 
-def _spoken(size: int) -> str:
+def spoken(size: int) -> str:
+    """A number of bytes, to three digits."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"

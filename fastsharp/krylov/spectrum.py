@@ -9,6 +9,8 @@ Source: the reuse of a Krylov space for the trace is that of Chen & Hallman 2023
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from fastsharp import ops, rng
 from fastsharp.errors import ArgumentTypeError, BasisMemoryError, InputError, Interrupted, NotSymmetricError, StaleOperatorError
 from fastsharp.krylov.aware import KrylovSpace
 from fastsharp.krylov.estimate import Budget, OnStep, Run, report_failure
+from fastsharp.krylov.growth import grow
 from fastsharp.krylov.hutchinson import Complement, square_samples, trace_samples
 from fastsharp.krylov.lanczos import report_failure as report_pairs
 from fastsharp.krylov.pairs import pairs
@@ -155,11 +158,13 @@ class _Spectrum:
 
         self.state = Tridiagonal(operator, z[0], draw, plan.basis(operator.n, operator.dtype, operator.device))
         self.products = Products(operator, "spectrum")
+        self.lengthened = 0  # Krylov steps that `products` has counted: those for the estimates
 
     @property
     def count(self) -> int:
         """Products so far."""
-        return self.probed + self.state.n_matvec + (self.verified.n_verify if self.verified else 0) + self.products.count
+        verified = self.verified.n_verify if self.verified else 0
+        return self.probed + self.state.n_matvec + verified + self.products.count - self.lengthened
 
     def iterate(self, on_step: OnStep | None) -> None:
         """Krylov steps until both ends are settled and the density is resolved, then the verifying block."""
@@ -176,26 +181,50 @@ class _Spectrum:
 
     def estimate(self, target: Target, most: int, on_step: OnStep | None) -> None:
         """Trace and norm: the Krylov space exactly, the rest from probes that serve both."""
-        products, space = self.products, KrylovSpace.of_run(self.state)
+        products = self.products
         products.shift = self.state.shift or 0
-        space = space.scaled(-products.unit)
         if self.state.exhausted:
-            self.estimates = [self._exact(space, squares) for squares in (False, True)]
+            self.estimates = [self._exact(self._space(), squares) for squares in (False, True)]
             return
-        shared: list[tuple[Drawn, Drawn, float]] = []
+        pool = _Pool()
         for squares in (False, True):
+            sampler = _Shared(products, self._space(), (self.request.seed + 1) % 2**63, pool, squares=squares)
             ours = Run(
                 products,
-                _Shared(products, space, (self.request.seed + 1) % 2**63, shared, squares=squares),
+                sampler,
                 target,
                 Budget(most, None),
                 least=LEAST_SQUARES if squares else MIN_FINAL,
                 root=squares,
+                absorb=None if squares else partial(self._lengthen, sampler),
                 on_step=on_step,
-                notes=(f"{space.size} dimensions of a Lanczos run enter exactly",),
+                notes=("the whole basis of the Lanczos run enters exactly",),
                 settings=self.given,
             )
             self.estimates.append(ours())
+
+    def _space(self) -> KrylovSpace:
+        """The whole basis so far, in units of `products`."""
+        return KrylovSpace.of_run(self.state).scaled(-self.products.unit)
+
+    def _lengthen(self, sampler: _Shared, samples: float, energy: float, left: float) -> bool:
+        """Further steps of the run while they pay (`growth`), and room for them in the basis."""
+        state = self.state
+
+        def block() -> float:
+            before = self._space().squares
+            for _ in range(BLOCK):
+                if state.n_matvec >= self.plan.rows - 1 or state.exhausted:
+                    break
+                state.step()
+                self.lengthened += 1
+                self.products.count += 1
+            return self._space().squares - before
+
+        grown, _ = grow(block, samples, energy, left)
+        if grown:
+            sampler.begin_anew(self._space())
+        return grown
 
     def _exact(self, space: KrylovSpace, squares: bool) -> Estimate:
         """The run spans the whole space: nothing is left to chance."""
@@ -241,22 +270,34 @@ class _Spectrum:
         return assemble(first, [self.square], request, self.probed)
 
 
+@dataclass
+class _Pool:
+    """Samples of both quantities by block, with the largest ||Hz||, and the probes drawn for them and for blocks that were dropped."""
+
+    blocks: list[tuple[Drawn, Drawn, float]] = field(default_factory=list)
+    drawn: int = 0
+
+
 class _Shared(Complement):
     """Samples of the trace and of the square from the same products: each reader goes through all blocks from the first."""
 
-    def __init__(
-        self, products: Products, space: KrylovSpace, seed: int, shared: list[tuple[Drawn, Drawn, float]], *, squares: bool
-    ) -> None:
+    def __init__(self, products: Products, space: KrylovSpace, seed: int, pool: _Pool, *, squares: bool) -> None:
         super().__init__(products, space, seed, squares=squares)
-        self._shared = shared
+        self._pool, self._read = pool, 0
+
+    def begin_anew(self, space: KrylovSpace) -> None:
+        """Another space: samples beside the one before are dropped."""
+        self.space, self._read = space, 0
+        self._pool.blocks.clear()
 
     def draw(self) -> Drawn:
-        i = self.drawn // BLOCK
-        if i == len(self._shared):
+        pool = self._pool
+        if self._read == len(pool.blocks):
+            self.drawn = pool.drawn
             z, u, size = self.block()
-            self._shared.append((trace_samples(z, u), square_samples(z, u), size))
-        else:
-            self.drawn += BLOCK
-        of_trace, of_square, size = self._shared[i]
+            pool.drawn = self.drawn
+            pool.blocks.append((trace_samples(z, u), square_samples(z, u), size))
+        of_trace, of_square, size = pool.blocks[self._read]
+        self._read += 1
         self.see(size)
         return of_square if self.squares else of_trace

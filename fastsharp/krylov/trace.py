@@ -84,8 +84,8 @@ def trace(
                   cancels cannot be had to a relative tolerance
     method        "hutchinson": probes alone (and `pairs`, where given); "hutch++": the space grows by images of probes, eight at a
                   time, at least once; "krylov": probes beside the space of `pairs`, which does not grow; "xtrace": every probe serves
-                  the space of the others; "auto": as hutch++ where growing is seen to pay, and all n diagonal entries where that
-                  is cheaper or n <= 64
+                  the space of the others; "auto": the space grows by Krylov steps while they are seen to pay, and all n diagonal
+                  entries are taken where that is cheaper or n <= 64
     max_products  products at most, those of checks included
     pairs         Eigenpairs of a lanczos run on this operator, or the KrylovSpace of one: the space that is known. One product tests
                   that they belong to this operator
@@ -227,7 +227,7 @@ def _diagonal_quantity(
                 budget,
                 least=LEAST_SQUARES if squares else MIN_FINAL,
                 root=squares,
-                absorb=sampler.absorb if method in ("auto", "hutch++") else None,
+                absorb={"auto": sampler.lengthen, "hutch++": sampler.absorb}.get(method),
                 forced=method == "hutch++",
                 on_step=on_step,
                 notes=notes,

@@ -92,7 +92,7 @@ def test_the_planned_basis_is_the_one_that_is_made() -> None:
 
 
 def test_a_run_records_its_plan_and_tells_it_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_UNRATIONED", 0)
+    monkeypatch.setattr(plan, "UNRATIONED", 0)
     case, heard = family("outliers_rotated", 200, torch.float32), []
     result = lanczos(
         DenseOperator(case.tensor(torch.float32)),

@@ -33,7 +33,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64"))
 @pytest.fixture(autouse=True)
 def ration_small_bases(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget counts for tiny matrices too."""
-    monkeypatch.setattr(plan, "_UNRATIONED", 0)
+    monkeypatch.setattr(plan, "UNRATIONED", 0)
 
 
 def budget(n: int, dtype: torch.dtype, k: int, rows: int) -> int:

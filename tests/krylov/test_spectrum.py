@@ -58,7 +58,7 @@ def test_every_part_is_that_of_the_dense_matrix(name: str, dtype: torch.dtype) -
 def test_trace_and_norm_share_their_products() -> None:
     case = family("random", 200, F64)
     s, count = solve(case, rtol=0.1)
-    krylov, verified = s.settings["krylov_products"], s.eigenpairs.n_verify
+    krylov, verified = s.eigenpairs.n_matvec, s.eigenpairs.n_verify
     assert s.trace is not None and s.frobenius is not None
     assert s.frobenius.n_matvec == count - krylov - verified
     assert s.trace.n_matvec <= s.frobenius.n_matvec < s.trace.n_matvec + s.frobenius.samples + 16
@@ -130,7 +130,7 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(error, match=next(iter(bad))):
             spectrum(A, **bad)  # type: ignore[arg-type]
-    monkeypatch.setattr(plan, "_UNRATIONED", 0)
+    monkeypatch.setattr(plan, "UNRATIONED", 0)
     B = DenseOperator(torch.eye(100))
     with pytest.raises(BasisMemoryError, match="one by one"):
         spectrum(B, k=1, memory=(60 + 4) * 112 * 2)

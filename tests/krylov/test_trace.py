@@ -68,6 +68,20 @@ def test_a_krylov_space_counts_exactly() -> None:
     assert holds(e, float(A.trace())) and e.n_matvec < trace(operator, method="hutch++").n_matvec
 
 
+def test_the_space_grows_where_that_pays_and_nowhere_else() -> None:
+    """Outliers in any direction: fewer products than probes alone. A diagonal with a weak rest: no more, since a projection would spread it."""
+    n = 400
+    full = DenseOperator(family("outliers_rotated", n, torch.float64).tensor(torch.float64))
+    g = torch.Generator().manual_seed(3)
+    d, u = torch.rand(n, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64) / n**0.5
+    d[:5] = torch.tensor([9.0, 7.0, 5.0, 4.0, 3.0])
+    nearly_diagonal = DenseOperator(torch.diag(d) + u[:, None] * u)
+    for A, rtol, most in ((full, 0.005, 0.7), (nearly_diagonal, 1e-3, 1.1)):
+        grown, alone = (trace(A, rtol=rtol, method=method, max_products=10**5) for method in ("auto", "hutchinson"))
+        assert grown.converged and alone.converged
+        assert grown.n_matvec <= most * alone.n_matvec, (grown.n_matvec, alone.n_matvec)
+
+
 def test_pairs_of_another_matrix_are_refused() -> None:
     A = family("outliers_rotated", 100, torch.float64).tensor(torch.float64)
     pairs = lanczos(DenseOperator(A), k=3)
