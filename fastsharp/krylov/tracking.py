@@ -34,10 +34,11 @@ import torch
 from fastsharp import ops, rng
 from fastsharp.errors import Interrupted, NotConvergedWarning, ShapeError, stacklevel
 from fastsharp.krylov.basis import Rows
+from fastsharp.krylov.block import Block
 from fastsharp.krylov.recycling import Recycled, gram, project
 from fastsharp.krylov.request import Request
 from fastsharp.krylov.rows import norm, normalised, rayleigh, scale, scaled
-from fastsharp.krylov.stopping import StopRule, Targets, floor, rounding, select, value_bounds
+from fastsharp.krylov.stopping import StopRule, Targets, at_least, floor, rounding, select, value_bounds
 from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.operator import SymmetricOperator
 from fastsharp.results import Eigenpairs
@@ -48,9 +49,11 @@ _CHECK_GUARDS = (0.5, 0.3, 0.3)
 _RANDOM = 0.02
 _RISE = 0.5  # units of delta by which what was not multiplied may have risen, for the stop test
 _CAUTIOUS_RISE = 3.0  # and for the stated bound
+_BESIDE = 0.1
+_UNLIKELY = 0.01
 _MARGIN = 0.5  # part of tol that the estimate must meet
 _KEPT = 7  # pairs carried beyond the k wanted
-_MOST = 7  # products beyond k before a warm run is given up
+_MOST = 10  # products beyond k before a warm run is given up
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class _Warm:
         self.run = Recycled(operator, carried.X, carried.values)
         self.met = torch.zeros(request.k, dtype=torch.bool)
         self.theta = self.residuals = self.bounds = torch.empty(0, dtype=torch.float64)  # the bounds are the stated ones
-        self.delta = 0.0
+        self.delta, self.open = 0.0, True  # open: a stated bound is above tol
 
     def __call__(self, start: torch.Tensor, rest: torch.Tensor | None, steps: int) -> bool:
         """start: of the wanted pairs; rest: of those after them, multiplied if the first k products leave room for doubt about them alone."""
@@ -113,14 +116,15 @@ class _Warm:
             if run.size < min(k, self.n):
                 v = run.outside(run.size)
                 continue
-            if self._settled() and (run.size > k or rest is None):
+            settled = self._settled()
+            if settled and (rest is None or run.size > k + 1 or (run.size == k + 1 and not self.open)):
                 return True
-            unmet = (~self.met).nonzero()
-            if not len(unmet):
-                assert rest is not None
+            if not settled:
+                v = run.outside(int((~self.met).nonzero()[0]))
+            elif run.size == k and rest is not None:
                 v = rest = normalised(project(rest, run.V))
             else:
-                v = run.outside(int(unmet[0]))
+                v = run.outside(k)
         return v is None and bool(self.met.all())
 
     def pairs(self) -> Eigenpairs:
@@ -138,8 +142,25 @@ class _Warm:
         self.met = bounds <= _MARGIN * limit
         if request.criterion == "residual":
             self.met &= self.residuals <= limit
-        self.bounds = torch.maximum(limit, run.above(self.theta, _CAUTIOUS_RISE * self.delta))
+        cautious = run.above(self.theta, _CAUTIOUS_RISE * self.delta)
+        self.bounds, self.open = torch.maximum(limit, cautious), bool((cautious > limit).any())
         return bool(self.met.all())
+
+
+class _CheckRule(StopRule):
+    """Stop a check as soon as the values meet their targets and a missing eigenvalue 10 % above one would need an unlikely start vector."""
+
+    def __call__(self, theta: torch.Tensor, residuals: torch.Tensor, blocks: list[Block], norm: float) -> bool:
+        settled = super().__call__(theta, residuals, blocks, norm)
+        if settled or len(blocks) > 1 or blocks[0].closed or len(theta) <= self.k:
+            return settled
+        chosen = select(theta, "LA", self.k)
+        top, r = theta[chosen], residuals[chosen]
+        if not bool(self.targets.met(top, r, value_bounds(theta, residuals)[chosen], norm).all()):
+            return False
+        at = top + _BESIDE * at_least(top.abs(), floor(self.targets.eps, norm))
+        component = blocks[0].epoch().log_beta - (at[:, None] - theta).abs().log().sum(1)
+        return float(component.max()) <= math.log(_UNLIKELY * self.randomness / math.sqrt(self.n))
 
 
 def follow(
@@ -153,7 +174,7 @@ def follow(
     generator  of random parts, private to the caller
     newcomers_every  calls from one run with a half-random start to the next
     ->         Step; cost: pairs.n_matvec matvecs, 2 max(32, n_matvec) n elements of memory while it runs (basis and products)
-    A warm run whose test fails within k + 7 products is followed by a cold one, half of its start from the pairs so far.
+    A warm run whose test fails within k + 10 products is followed by a cold one, half of its start from the pairs so far.
     Raises ShapeError where n changed, NonFiniteError and NotSymmetricError as the recurrence does, Interrupted with `.partial`.
     """
     if carried is not None and carried.X.shape[1] != operator.n:
@@ -195,7 +216,8 @@ def _cold(
         first, randomness = first + normalised(mixed), math.sqrt(0.5)
     recorder = _Recorder(operator, request.max_iter)
     state = Tridiagonal(recorder, first, draw, request.max_iter)
-    rule = StopRule(request.k, "LA", Targets(request.tol, request.criterion, state.eps), operator.n, randomness)
+    kind = _CheckRule if start == "check" else StopRule
+    rule = kind(request.k, "LA", Targets(request.tol, request.criterion, state.eps), operator.n, randomness)
     settled = False
 
     def so_far() -> Eigenpairs:
