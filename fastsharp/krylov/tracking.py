@@ -1,27 +1,20 @@
-"""Top eigenpairs of a slowly changing operator: one warm vector and a few Lanczos steps where the last pairs still hold.
+"""Top eigenpairs of a slowly changing operator: Rayleigh-Ritz on a few products, beside a model of the rest from the last pairs.
 
 Note on numerical properties
 ----------------------------
-*Residuals* are true ones at no further product: the run keeps A v_j, so that A x is a combination of what was multiplied.
-*Change.* With A0 the last operator, the first product gives delta = ||A v - A0 v||, where A0 v is known from the old pairs. The
-first unlisted value mu may have risen by as much, so the gap is that to mu + 1.5 delta. It is an estimate, not a theorem: Weyl's bound
-holds for ||A - A0||, of which delta is a lower bound.
-*Missing value.* An eigenvector u with eigenvalue lambda has |u'v_1| <= prod beta_j / prod |lambda - theta_j| (see `stopping`). Where that
-quotient is below 0.15 / sqrt(k) there is no eigenvalue whose vector has such a component along the start, of k vectors mixed evenly: all
-lie in intervals around the Ritz values, and the one around theta_i reaches so far above it. It lets a run stop where the
-gap is too small to be trusted. The next pairs enter the start with weights of 0.05 to 0.1, so that an exchange of order among them usually shows, not always.
-*Limit.* A pair that overtakes the top one between two checks can be missed, and then the stated bound may be wrong. On five recorded runs
-of a small CNN it was in 1 of 145 updates (Adam 1e-3, off by 7 %), and a bound of tol alone in 4, where vectors turn by half a radian and
-more from one update to the next.
-*Stated bounds.* Stopping rests on estimates, so `converged` says that the stop test was met and the bound is another, cautious one: the
-first unlisted value is taken to have risen by 3 delta, to rho. Either theta_k is above rho, and Kato and Temple give r^2 / (theta - rho);
-or one as large as rho may be missing, and the distance to it is at most max(r, rho - theta). The smaller one holds in
-both cases; never less than tol |theta| or what the stop test gave. It may exceed tol by far: then the order of the values is open.
-Cold and check runs end by `StopRule` and carry its bounds.
+*Warm run.* Its first product is of the old top vectors, mixed with a tenth and less of those after them; every further one of what the
+model of `recycling` has for top vector. It stops when the wanted values would move by at most tol / 2 if all that was not multiplied had
+risen by delta / 2, where delta = ||(A - A0) v|| is the change seen. That is an estimate: delta is a lower bound of ||A - A0||.
+*Rivals.* Where the first k products are enough, one more is of a mixture, with random signs, of the old vectors after the k-th: it shows
+change that the top vectors do not. If with 3 delta a larger value is not excluded, a third is of the model's best rival.
+*Stated bound.* With 5 delta in the place of delta / 2, never below tol |theta|; it may exceed tol by far where vectors turn fast: then
+the order of the values is open. theta_i <= lambda_i always, so that an error is one-sided.
+*Limit.* A pair that rises by more than all products of the call show is missed until a later call or check.
 *Newcomers.* An eigenvector orthogonal to all old ones is met by the random fiftieth of the warm start the earlier the larger it
-is: at n = 200 after 2 updates (median) with ten times the tracked value, after 6 with twice; with 1.1 times not before the check. At the latest the next check sees it, with the probability of `StopRule`.
+is. At the latest the next check sees it: a Lanczos run, half of its start random, that ends when the values meet their targets and an
+eigenvalue 10 % above one would need a start vector whose component along it is below 1 % of the typical size (`stopping`).
 
-Sources: Parlett 1998, sections 11.7 and 13.2.
+Sources: see `recycling`; Parlett 1998, sections 11.7 and 13.2.
 """
 
 from __future__ import annotations
@@ -48,9 +41,10 @@ _GUARDS = (0.1, 0.05, 0.05)
 _CHECK_GUARDS = (0.5, 0.3, 0.3)
 _RANDOM = 0.02
 _RISE = 0.5  # units of delta by which what was not multiplied may have risen, for the stop test
-_CAUTIOUS_RISE = 3.0  # and for the stated bound
-_BESIDE = 0.1
-_UNLIKELY = 0.01
+_OPEN_RISE = 3.0  # for a second look at the rest
+_CAUTIOUS_RISE = 5.0  # for the stated bound
+_BESIDE = 0.1  # relative distance at which a check asks for missing eigenvalues
+_UNLIKELY = 0.01  # of the typical component of the start vector
 _MARGIN = 0.5  # part of tol that the estimate must meet
 _KEPT = 7  # pairs carried beyond the k wanted
 _MOST = 10  # products beyond k before a warm run is given up
@@ -103,10 +97,10 @@ class _Warm:
         self.run = Recycled(operator, carried.X, carried.values)
         self.met = torch.zeros(request.k, dtype=torch.bool)
         self.theta = self.residuals = self.bounds = torch.empty(0, dtype=torch.float64)  # the bounds are the stated ones
-        self.delta, self.open = 0.0, True  # open: a stated bound is above tol
+        self.delta, self.open = 0.0, True  # open: a larger value is not excluded
 
     def __call__(self, start: torch.Tensor, rest: torch.Tensor | None, steps: int) -> bool:
-        """start: of the wanted pairs; rest: of those after them, multiplied if the first k products leave room for doubt about them alone."""
+        """start: of the wanted pairs; rest: of those after them, multiplied (and then the best rival, if still open) where k products suffice."""
         run, k = self.run, self.request.k
         v: torch.Tensor | None = start
         while v is not None and run.size < steps:
@@ -117,7 +111,7 @@ class _Warm:
                 v = run.outside(run.size)
                 continue
             settled = self._settled()
-            if settled and (rest is None or run.size > k + 1 or (run.size == k + 1 and not self.open)):
+            if settled and (rest is None or run.size > k + 1 or (run.size == k + 1 and not (v is rest and self.open))):
                 return True
             if not settled:
                 v = run.outside(int((~self.met).nonzero()[0]))
@@ -142,8 +136,8 @@ class _Warm:
         self.met = bounds <= _MARGIN * limit
         if request.criterion == "residual":
             self.met &= self.residuals <= limit
-        cautious = run.above(self.theta, _CAUTIOUS_RISE * self.delta)
-        self.bounds, self.open = torch.maximum(limit, cautious), bool((cautious > limit).any())
+        self.open = bool((run.above(self.theta, _OPEN_RISE * self.delta) > limit).any())
+        self.bounds = torch.maximum(limit, run.above(self.theta, _CAUTIOUS_RISE * self.delta))
         return bool(self.met.all())
 
 
@@ -281,7 +275,7 @@ def _pairs(
     bounds = scaled(bounds, -shift).clamp(min=rounding(eps, length))
     notes = ["residuals are true ones, from the products of the run itself"]
     if met is not None:
-        notes.append("warm run: the bounds hold if nothing outside the vectors multiplied has risen by more than the change seen, three times")
+        notes.append("warm run: the bounds hold if nothing outside the vectors multiplied has risen by more than five times the change seen")
         met = met if len(met) == len(values) else torch.zeros(len(values), dtype=torch.bool)
     else:
         met = Targets(request.tol, request.criterion, eps).met(values, residuals, bounds, length)
