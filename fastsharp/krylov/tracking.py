@@ -20,6 +20,7 @@ Sources: see `recycling`; Parlett 1998, sections 11.7 and 13.2.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -237,10 +238,8 @@ def _cold(
 
 def _weights(carried: Carried, k: int, guards: tuple[float, ...]) -> torch.Tensor:
     """Of the old pairs in a start vector: the first k evenly, the guards after them."""
-    weights = torch.zeros(len(carried.X), dtype=carried.X.dtype, device=carried.X.device)
-    some = torch.tensor([1.0] * k + list(guards), dtype=weights.dtype)[: len(weights)]
-    weights[: len(some)] = some.to(weights.device)
-    return weights
+    listed = [*([1.0] * k), *guards, *([0.0] * len(carried.X))][: len(carried.X)]
+    return torch.tensor(listed, dtype=carried.X.dtype, device=carried.X.device)
 
 
 def _interrupted(products: int, partial: Eigenpairs | None) -> Interrupted:
@@ -248,8 +247,6 @@ def _interrupted(products: int, partial: Eigenpairs | None) -> Interrupted:
 
 
 def _warn(pairs: Eigenpairs, request: Request) -> None:
-    import warnings
-
     message = f"tracker: the list of values did not settle in {pairs.n_matvec} products (tol = {request.tol:g}). Raise max_iter or tol."
     warnings.warn(NotConvergedWarning(message, pairs), stacklevel=stacklevel())
 
@@ -275,7 +272,9 @@ def _pairs(
     bounds = scaled(bounds, -shift).clamp(min=rounding(eps, length))
     notes = ["residuals are true ones, from the products of the run itself"]
     if met is not None:
-        notes.append("warm run: the bounds hold if nothing outside the vectors multiplied has risen by more than five times the change seen")
+        notes.append(
+            "warm run: the bounds hold if nothing outside the vectors multiplied has risen by more than five times the change seen"
+        )
         met = met if len(met) == len(values) else torch.zeros(len(values), dtype=torch.bool)
     else:
         met = Targets(request.tol, request.criterion, eps).met(values, residuals, bounds, length)
