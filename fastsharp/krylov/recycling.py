@@ -3,7 +3,8 @@
 Note on numerical properties
 ----------------------------
 *Model.* A is known on the rows V that were multiplied: A V gives V A V' and every coupling of V to the rest exactly. On the complement
-it is taken for that of the last matrix, A0 = X' diag(values) X + mu (I - X'X), with mu the smallest kept value. The model lives on
+it is taken for that of the last matrix, A0 = X' diag(values) X + mu (I - X'X), with mu the smallest kept value, or 0
+where that is negative (the largest, if it is negative too). The model lives on
 B = [V, X outside V, A V outside both], to which both A V and X belong; what is orthogonal to B has the value mu in it.
 *Next vector.* The model's own top eigenvector, its part outside V: to first order in A - A0 the new eigenvector (Davidson's correction
 with the old pairs as preconditioner). Among old pairs a component counts by 1 / (theta - lambda_i), not by 1 as in a Krylov space.
@@ -39,7 +40,7 @@ class Recycled:
 
     def __init__(self, operator: SymmetricOperator, X: torch.Tensor, values: tuple[float, ...]) -> None:
         self.operator, self.X, self.values = operator, X, torch.tensor(values, dtype=torch.float64)
-        self.mu = float(self.values[-1])
+        self.mu = max(values[-1], min(0.0, values[0]))  # a kept value may be of the negative end
         self.V = X[:0]
         self.AV = X[:0]
         self.B, self.F = self.V, torch.empty(0, 0, dtype=torch.float64)

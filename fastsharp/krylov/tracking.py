@@ -9,7 +9,8 @@ risen by delta / 2, where delta = ||(A - A0) v|| is the change seen. That is an 
 change that the top vectors do not. If with 3 delta a larger value is not excluded, a third is of the model's best rival.
 *Stated bound.* With 5 delta in the place of delta / 2, never below tol |theta|; it may exceed tol by far where vectors turn fast: then
 the order of the values is open. theta_i <= lambda_i always, so that an error is one-sided.
-*Limit.* A pair that rises by more than all products of the call show is missed until a later call or check.
+*Limit.* A lower pair that rises past the top one within one call by more than its products show is missed until a later call or check,
+and then the bound is wrong: most likely where two products went to the top pair and none to the rest.
 *Newcomers.* An eigenvector orthogonal to all old ones is met by the random fiftieth of the warm start the earlier the larger it
 is. At the latest the next check sees it: a Lanczos run, half of its start random, that ends when the values meet their targets and an
 eigenvalue 10 % above one would need a start vector whose component along it is below 1 % of the typical size (`stopping`).
@@ -180,8 +181,7 @@ def follow(
         return _cold(operator, request, carried, generator, "check", "check for newcomers")
     warm = _Warm(operator, request, carried)
     weights = _weights(carried, request.k, _GUARDS)
-    random = _RANDOM * normalised(rng.normal(operator.n, generator, operator.dtype, operator.device))
-    mixed = weights @ carried.X + random
+    mixed = weights @ carried.X + _RANDOM * normalised(rng.normal(operator.n, generator, operator.dtype, operator.device))
     others = carried.X[request.k :]
     signs = torch.sign(rng.normal(len(others), generator, mixed.dtype, mixed.device)) if len(others) else None
     try:
@@ -193,8 +193,8 @@ def follow(
         if not settled:
             _warn(pairs, request)
         return Step(pairs, _carry(warm.run.B, warm.run.F, request.k, carried.age + 1), "warm", "the model of the rest has no larger value")
-    why = "the warm test failed; gone on with the cold rule"
-    return _cold(operator, request, _carry(warm.run.B, warm.run.F, request.k, 0), generator, "cold", why, warm.run.size)
+    found = _carry(warm.run.B, warm.run.F, request.k, 0)
+    return _cold(operator, request, found, generator, "cold", "the warm test failed; gone on with the cold rule", warm.run.size)
 
 
 def _cold(
@@ -211,8 +211,9 @@ def _cold(
         first, randomness = first + normalised(mixed), math.sqrt(0.5)
     recorder = _Recorder(operator, request.max_iter)
     state = Tridiagonal(recorder, first, draw, request.max_iter)
-    kind = _CheckRule if start == "check" else StopRule
-    rule = kind(request.k, "LA", Targets(request.tol, request.criterion, state.eps), operator.n, randomness)
+    rule = (_CheckRule if start == "check" else StopRule)(
+        request.k, "LA", Targets(request.tol, request.criterion, state.eps), operator.n, randomness
+    )
     settled = False
 
     def so_far() -> Eigenpairs:
