@@ -65,7 +65,7 @@ class Tracker:
     seed       of the random parts
     preflight  level of the checks at the first update; later ones keep the cheap checks (modes, finite values, unchanged data)
 
-    Cost of an update: history[-1].n_matvec matvecs, none beside them to verify. Memory between updates: k + 3 vectors and the frozen data.
+    Cost of an update: history[-1].n_matvec matvecs, none beside them to verify. Memory between updates: k + 7 vectors and the frozen data.
     Raises what `fastsharp.lanczos` raises; history and the carried pairs stay as they were.
     Sources: see `fastsharp.krylov.tracking`, which also says what the bounds rest on.
     """

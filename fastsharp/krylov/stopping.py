@@ -165,7 +165,7 @@ class StopRule:
 
     def __init__(self, k: int, which: str, targets: Targets, n: int, randomness: float = 1.0) -> None:
         self.k, self.which, self.targets, self.n = k, which, targets, n
-        self._randomness = randomness
+        self.randomness = randomness
         self.values: list[float] = []  # the wanted values after the last call, in result order, in units of 2^shift
         self._keys: torch.Tensor | None = None
         self._unmoved = 0
@@ -216,7 +216,7 @@ class StopRule:
         component = torch.zeros(listed.numel(), dtype=torch.float64)
         for epoch in (*block.past, block.epoch()):  # restarts divide the product among them
             component += epoch.log_beta - log_distances(listed, epoch.theta, smallest) + log_distances(listed, epoch.head, smallest)
-        typical = (self._randomness if block.complement_of == 0 else 1.0) / math.sqrt(self.n - block.complement_of)
+        typical = (self.randomness if block.complement_of == 0 else 1.0) / math.sqrt(self.n - block.complement_of)
         return float(component.max()) <= math.log(_RARE * typical)
 
     def _complement_is_no_better(self, theta: torch.Tensor, start: int, norm: float) -> bool:

@@ -1,33 +1,27 @@
-"""Top eigenpairs of a slowly changing operator: one warm vector and a few Lanczos steps where the last pairs still hold.
+"""Top eigenpairs of a slowly changing operator: Rayleigh-Ritz on a few products, beside a model of the rest from the last pairs.
 
 Note on numerical properties
 ----------------------------
-*Residuals* are true ones at no further product: the run keeps A v_j, so that A x is a combination of what was multiplied.
-*Change.* With A0 the last operator, the first product gives delta = ||A v - A0 v||, where A0 v is known from the old pairs. The
-first unlisted value mu may have risen by as much, so the gap is that to mu + 1.5 delta. It is an estimate, not a theorem: Weyl's bound
-holds for ||A - A0||, of which delta is a lower bound.
-*Missing value.* An eigenvector u with eigenvalue lambda has |u'v_1| <= prod beta_j / prod |lambda - theta_j| (see `stopping`). Where that
-quotient is below 0.15 / sqrt(k) there is no eigenvalue whose vector has such a component along the start, of k vectors mixed evenly: all
-lie in intervals around the Ritz values, and the one around theta_i reaches so far above it. It lets a run stop where the
-gap is too small to be trusted. The next pairs enter the start with weights of 0.05 to 0.1, so that an exchange of order among them usually shows, not always.
-*Limit.* A pair that overtakes the top one between two checks can be missed, and then the stated bound may be wrong. On five recorded runs
-of a small CNN it was in 1 of 145 updates (Adam 1e-3, off by 7 %), and a bound of tol alone in 4, where vectors turn by half a radian and
-more from one update to the next.
-*Stated bounds.* Stopping rests on estimates, so `converged` says that the stop test was met and the bound is another, cautious one: the
-first unlisted value is taken to have risen by 3 delta, to rho. Either theta_k is above rho, and Kato and Temple give r^2 / (theta - rho);
-or one as large as rho may be missing, and the distance to it is at most max(r, rho - theta). The smaller one holds in
-both cases; never less than tol |theta| or what the stop test gave. It may exceed tol by far: then the order of the values is open.
-Cold and check runs end by `StopRule` and carry its bounds.
+*Warm run.* Its first product is of the old top vectors, mixed with a tenth and less of those after them; every further one of what the
+model of `recycling` has for top vector. It stops when the wanted values would move by at most tol / 2 if all that was not multiplied had
+risen by delta / 2, where delta = ||(A - A0) v|| is the change seen. That is an estimate: delta is a lower bound of ||A - A0||.
+*Rivals.* Where the first k products are enough, one more is of a mixture, with random signs, of the old vectors after the k-th: it shows
+change that the top vectors do not. If with 3 delta a larger value is not excluded, a third is of the model's best rival.
+*Stated bound.* With 5 delta in the place of delta / 2, never below tol |theta|; it may exceed tol by far where vectors turn fast: then
+the order of the values is open. theta_i <= lambda_i always, so that an error is one-sided.
+*Limit.* A lower pair that rises past the top one within one call by more than its products show is missed until a later call or check,
+and then the bound is wrong: most likely where two products went to the top pair and none to the rest.
 *Newcomers.* An eigenvector orthogonal to all old ones is met by the random fiftieth of the warm start the earlier the larger it
-is: at n = 200 after 2 updates (median) with ten times the tracked value, after 6 with twice; with 1.1 times not before the check. At the latest the next check sees it, with the probability of `StopRule`.
+is. At the latest the next check sees it: a Lanczos run, half of its start random, that ends when the values meet their targets and an
+eigenvalue 10 % above one would need a start vector whose component along it is below 1 % of the typical size (`stopping`).
 
-Sources: Parlett 1998, sections 11.7 and 13.2.
+Sources: see `recycling`; Parlett 1998, sections 11.7 and 13.2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +29,11 @@ import torch
 from fastsharp import ops, rng
 from fastsharp.errors import Interrupted, NotConvergedWarning, ShapeError, stacklevel
 from fastsharp.krylov.basis import Rows
+from fastsharp.krylov.block import Block
+from fastsharp.krylov.recycling import Recycled, gram, project
 from fastsharp.krylov.request import Request
-from fastsharp.krylov.rows import dot, norm, normalised, rayleigh, scale, scaled
-from fastsharp.krylov.stopping import StopRule, Targets, floor, rounding, select, value_bounds
+from fastsharp.krylov.rows import norm, normalised, rayleigh, scale, scaled
+from fastsharp.krylov.stopping import StopRule, Targets, at_least, floor, rounding, select, value_bounds
 from fastsharp.krylov.tridiagonal import Tridiagonal
 from fastsharp.operator import SymmetricOperator
 from fastsharp.results import Eigenpairs
@@ -46,15 +42,19 @@ from fastsharp.results import Eigenpairs
 _GUARDS = (0.1, 0.05, 0.05)
 _CHECK_GUARDS = (0.5, 0.3, 0.3)
 _RANDOM = 0.02
-_COMPONENT = 0.15  # smallest component along the start that the top eigenvector is taken to have
-_RISE = 1.5  # units of delta by which the first unlisted value may have risen, for the stop test
-_CAUTIOUS_RISE = 3.0  # and for the stated bound
-_OUTSIDE = 0.5  # an old vector is kept if at least this much of it is outside of the new space
+_RISE = 0.5  # units of delta by which what was not multiplied may have risen, for the stop test
+_OPEN_RISE = 3.0  # for a second look at the rest
+_CAUTIOUS_RISE = 5.0  # for the stated bound
+_BESIDE = 0.1  # relative distance at which a check asks for missing eigenvalues
+_UNLIKELY = 0.01  # of the typical component of the start vector
+_MARGIN = 0.5  # part of tol that the estimate must meet
+_KEPT = 7  # pairs carried beyond the k wanted
+_MOST = 10  # products beyond k before a warm run is given up
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What one call leaves for the next: rows X (k + 3 at most, n), orthonormal, and their values; calls since the last cold or check run."""
+    """What one call leaves for the next: rows X (k + 7 at most, n), orthonormal, and their values; calls since the last cold or check run."""
 
     X: torch.Tensor
     values: tuple[float, ...]
@@ -91,77 +91,72 @@ class _Recorder(SymmetricOperator):
             self._count += 1
 
 
-class _WarmRule:
-    """Stop at the first step where every wanted value meets its target by the carried gap or by the missing-value test."""
+class _Warm:
+    """A warm run: products of the model's own top vectors until the k wanted values meet their targets, or `steps` are taken."""
 
-    def __init__(self, request: Request, eps: float, unlisted: float) -> None:
-        self.request = request
-        self.targets = Targets(request.tol, request.criterion, eps)
-        self.unlisted = unlisted
-        self.bounds = torch.empty(0, dtype=torch.float64)  # the stated ones
-        self.met = torch.empty(0, dtype=torch.bool)
-        self.why = ""
+    def __init__(self, operator: SymmetricOperator, request: Request, carried: Carried) -> None:
+        self.request, self.n = request, operator.n
+        self.run = Recycled(operator, carried.X, carried.values)
+        self.met = torch.zeros(request.k, dtype=torch.bool)
+        self.theta = self.residuals = self.bounds = torch.empty(0, dtype=torch.float64)  # the bounds are the stated ones
+        self.delta, self.open = 0.0, True  # open: a larger value is not excluded
 
-    def __call__(self, state: Tridiagonal, delta: float) -> bool:
-        k, shift = self.request.k, state.shift or 0
-        theta, residuals = state.ritz()
-        if theta.numel() < k or len(state.blocks) > 1:
-            return False
-        order = torch.argsort(theta, descending=True)
-        top, r, rest = theta[order[:k]], residuals[order[:k]], theta[order[k:]]
-        rise, cautious_rise = (math.ldexp(self.unlisted + units * delta, -shift) for units in (_RISE, _CAUTIOUS_RISE))
-        limit = (self.request.tol * top.abs()).clamp(min=floor(state.eps, state.norm))
-        by_gap = _kato_temple(top, r, rest, rise)
-        bounds = torch.minimum(by_gap, _above(state, top, k))
-        self.met = self.targets.met(top, r, bounds, state.norm) & (bounds <= limit)
-        cautious = torch.minimum(_kato_temple(top, r, rest, cautious_rise), torch.maximum(r, cautious_rise - top))
-        self.bounds = torch.maximum(torch.where(self.met, limit, bounds), cautious)
-        self.why = "gap to the next value" if bool((by_gap <= bounds).all()) else "no missing value with a share of the start"
+    def __call__(self, start: torch.Tensor, rest: torch.Tensor | None, steps: int) -> bool:
+        """start: of the wanted pairs; rest: of those after them, multiplied (and then the best rival, if still open) where k products suffice."""
+        run, k = self.run, self.request.k
+        v: torch.Tensor | None = start
+        while v is not None and run.size < steps:
+            run.step(v)
+            if run.size == 1 or v is rest:
+                self.delta = max(self.delta, norm(run.AV[-1] - run.last(v)))
+            if run.size < min(k, self.n):
+                v = run.outside(run.size)
+                continue
+            settled = self._settled()
+            if settled and (rest is None or run.size > k + 1 or (run.size == k + 1 and not (v is rest and self.open))):
+                return True
+            if not settled:
+                v = run.outside(int((~self.met).nonzero()[0]))
+            elif run.size == k and rest is not None:
+                v = rest = normalised(project(rest, run.V))
+            else:
+                v = run.outside(k)
+        return v is None and bool(self.met.all())
+
+    def pairs(self) -> Eigenpairs:
+        """The pairs so far; bounds are the residuals where the list is incomplete."""
+        run = self.run
+        theta, residuals, S = run.ritz(self.request.k)
+        bounds = self.bounds if len(self.bounds) == len(theta) else residuals
+        return _pairs(run.operator, self.request, S, run.V, run.AV, bounds, self.met, run.size, (run.norm, 0))
+
+    def _settled(self) -> bool:
+        run, request = self.run, self.request
+        self.theta, self.residuals, _ = run.ritz(request.k)
+        limit = (request.tol * self.theta.abs()).clamp(min=floor(run.eps, run.norm))
+        bounds = run.above(self.theta, _RISE * self.delta)
+        self.met = bounds <= _MARGIN * limit
+        if request.criterion == "residual":
+            self.met &= self.residuals <= limit
+        self.open = bool((run.above(self.theta, _OPEN_RISE * self.delta) > limit).any())
+        self.bounds = torch.maximum(limit, run.above(self.theta, _CAUTIOUS_RISE * self.delta))
         return bool(self.met.all())
 
 
-def _kato_temple(top: torch.Tensor, r: torch.Tensor, rest: torch.Tensor, rise: float) -> torch.Tensor:
-    """r^2 / gap to the other listed values, the other Ritz values and `rise`; inf where the last listed value is not above `rise`, or r is."""
-    if float(top[-1]) <= rise:
-        return torch.full_like(r, math.inf)
-    every = torch.cat([top, torch.cat([rest, rest.new_tensor([rise])]).max()[None]])
-    gaps = (top[:, None] - every[None, :]).abs()
-    gaps[:, : len(top)].fill_diagonal_(math.inf)
-    gap = gaps.min(1).values
-    return torch.where(gap > r, r * r / gap, math.inf)
+class _CheckRule(StopRule):
+    """Stop a check as soon as the values meet their targets and a missing eigenvalue 10 % above one would need an unlikely start vector."""
 
-
-def _above(state: Tridiagonal, top: torch.Tensor, k: int) -> torch.Tensor:
-    """For each listed value, descending, how far above it there may be an eigenvector with a component of 0.15 / sqrt(k) in the start vector.
-
-    log prod |lambda - theta_j| is concave between two Ritz values: bisection from theta_i to its maximum; where that is not enough,
-    the whole distance to the next value above.
-    """
-    block, theta = state.blocks[0], state.ritz()[0]
-    if block.beta[-1] == 0.0:
-        return torch.zeros_like(top)
-    target = sum(map(math.log, block.beta)) - math.log(_COMPONENT / math.sqrt(k))
-    reach = 2.0 * max(
-        math.exp(target / len(block.beta)), float(top[0].abs()) * state.eps
-    )  # each factor is at least the distance to the first
-
-    def product(x: float) -> float:
-        return float((x - theta).abs().clamp(min=1e-300).log().sum())
-
-    def slope(x: float) -> float:
-        return float((1.0 / (x - theta)).sum())
-
-    def bisect(low: float, high: float, below: Callable[[float], bool]) -> float:
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if below(middle) else (low, middle)
-        return high
-
-    found = [bisect(float(top[0]), float(top[0]) + reach, lambda x: product(x) < target) - float(top[0])]
-    for x, after in zip(top[1:].tolist(), top[:-1].tolist(), strict=True):
-        peak = bisect(x, after, lambda at: slope(at) > 0.0)
-        found.append(bisect(x, peak, lambda at: product(at) < target) - x if product(peak) > target else after - x)
-    return torch.tensor(found, dtype=torch.float64)
+    def __call__(self, theta: torch.Tensor, residuals: torch.Tensor, blocks: list[Block], norm: float) -> bool:
+        settled = super().__call__(theta, residuals, blocks, norm)
+        if settled or len(blocks) > 1 or blocks[0].closed or len(theta) <= self.k:
+            return settled
+        chosen = select(theta, "LA", self.k)
+        top, r = theta[chosen], residuals[chosen]
+        if not bool(self.targets.met(top, r, value_bounds(theta, residuals)[chosen], norm).all()):
+            return False
+        at = top + _BESIDE * at_least(top.abs(), floor(self.targets.eps, norm))
+        component = blocks[0].epoch().log_beta - (at[:, None] - theta).abs().log().sum(1)
+        return float(component.max()) <= math.log(_UNLIKELY * self.randomness / math.sqrt(self.n))
 
 
 def follow(
@@ -175,87 +170,123 @@ def follow(
     generator  of random parts, private to the caller
     newcomers_every  calls from one run with a half-random start to the next
     ->         Step; cost: pairs.n_matvec matvecs, 2 max(32, n_matvec) n elements of memory while it runs (basis and products)
-    A warm run whose test fails goes on, in the same Krylov space, until the cold rule holds: a fallback wastes no product.
+    A warm run whose test fails within k + 10 products is followed by a cold one, half of its start from the pairs so far.
     Raises ShapeError where n changed, NonFiniteError and NotSymmetricError as the recurrence does, Interrupted with `.partial`.
     """
     if carried is not None and carried.X.shape[1] != operator.n:
         raise ShapeError(f"tracker: the operator has n = {operator.n}, the pairs carried on have {carried.X.shape[1]}. Make a new tracker.")
+    if carried is None:
+        return _cold(operator, request, None, generator, "cold", "first call")
+    if carried.age >= newcomers_every - 1:
+        return _cold(operator, request, carried, generator, "check", "check for newcomers")
+    warm = _Warm(operator, request, carried)
+    weights = _weights(carried, request.k, _GUARDS)
+    mixed = weights @ carried.X + _RANDOM * normalised(rng.normal(operator.n, generator, operator.dtype, operator.device))
+    others = carried.X[request.k :]
+    signs = torch.sign(rng.normal(len(others), generator, mixed.dtype, mixed.device)) if len(others) else None
+    try:
+        settled = warm(normalised(mixed), None if signs is None else signs @ others, min(request.k + _MOST, request.max_iter))
+    except KeyboardInterrupt as interrupt:
+        raise _interrupted(warm.run.size, warm.pairs() if warm.run.size else None) from interrupt
+    if settled or warm.run.size >= request.max_iter:
+        pairs = warm.pairs()
+        if not settled:
+            _warn(pairs, request)
+        return Step(pairs, _carry(warm.run.B, warm.run.F, request.k, carried.age + 1), "warm", "the model of the rest has no larger value")
+    found = _carry(warm.run.B, warm.run.F, request.k, 0)
+    return _cold(operator, request, found, generator, "cold", "the warm test failed; gone on with the cold rule", warm.run.size)
+
+
+def _cold(
+    operator: SymmetricOperator, request: Request, old: Carried | None, generator: torch.Generator, start: str, why: str, spent: int = 0
+) -> Step:
+    """Lanczos until the cold rule holds, from a random vector, half of it replaced by old pairs where there are any."""
 
     def draw() -> torch.Tensor:
         return rng.normal(operator.n, generator, operator.dtype, operator.device)
 
-    kind, start, randomness, expected = "cold", normalised(draw()), 1.0, None
-    if carried is not None:
-        kind = "check" if carried.age >= newcomers_every - 1 else "warm"
-        guards, randomness = (_GUARDS, _RANDOM) if kind == "warm" else (_CHECK_GUARDS, math.sqrt(0.5))
-        weights = torch.tensor([1.0] * request.k + list(guards), dtype=carried.X.dtype, device=carried.X.device)[: len(carried.X)]
-        mixed = weights @ carried.X
-        start = start * (_RANDOM if kind == "warm" else norm(mixed)) + mixed
-        values = torch.tensor(carried.values, dtype=carried.X.dtype, device=carried.X.device)
-        expected = ((weights * values) @ carried.X) / norm(start)
+    first, randomness = normalised(draw()), 1.0
+    if old is not None:
+        mixed = _weights(old, request.k, _CHECK_GUARDS) @ old.X
+        first, randomness = first + normalised(mixed), math.sqrt(0.5)
     recorder = _Recorder(operator, request.max_iter)
-    state = Tridiagonal(recorder, start, draw, request.max_iter)
-    cold = StopRule(request.k, "LA", Targets(request.tol, request.criterion, state.eps), operator.n, randomness)
-    unlisted = carried.values[request.k] if carried is not None and len(carried.values) > request.k else 0.0
-    warm = _WarmRule(request, state.eps, unlisted) if kind == "warm" else None
-    delta, settled, stopped = 0.0, False, False
+    state = Tridiagonal(recorder, first, draw, request.max_iter)
+    rule = (_CheckRule if start == "check" else StopRule)(
+        request.k, "LA", Targets(request.tol, request.criterion, state.eps), operator.n, randomness
+    )
+    settled = False
+
+    def so_far() -> Eigenpairs:
+        theta, residuals = state.ritz()
+        chosen = select(theta, "LA", request.k)
+        S = state.coefficients(chosen)
+        shift = state.shift or 0
+        bounds = scaled((value_bounds(theta, residuals) if settled else residuals)[chosen], shift)
+        return _pairs(operator, request, S, state.V, recorder.rows(state.size), bounds, None, spent + state.n_matvec, (state.norm, shift))
+
     try:
-        while not (settled or stopped) and state.n_matvec < request.max_iter:
+        while not settled and spent + state.n_matvec < request.max_iter:
             state.step()
-            if expected is not None:
-                delta, expected = norm(recorder.rows(1)[0] - expected), None
-            settled = cold(*state.ritz(), state.blocks, state.norm)
-            stopped = warm is not None and warm(state, delta) and not settled
-        pairs = _pairs(state, recorder, operator, request, settled=settled, warm=warm if stopped else None)
+            settled = rule(*state.ritz(), state.blocks, state.norm)
+        pairs = so_far()
     except KeyboardInterrupt as interrupt:
-        partial = _pairs(state, recorder, operator, request, settled=False, warm=None) if state.size else None
-        raise Interrupted(f"tracker: interrupted after {state.n_matvec} products; .partial holds the pairs so far.", partial) from interrupt
-    why = {"cold": "first call", "check": "check for newcomers", "warm": "the warm test failed; gone on to the cold rule"}[kind]
-    if warm is not None and stopped:
-        why = warm.why
-    if not (settled or stopped):
+        raise _interrupted(spent + state.n_matvec, so_far() if state.size else None) from interrupt
+    if not settled:
         _warn(pairs, request)
-    return Step(pairs, _carry(state, recorder, pairs, carried if stopped else None), kind if stopped or kind != "warm" else "cold", why)
+    T = gram(state.V, recorder.rows(state.size))
+    return Step(pairs, _carry(state.V, (T + T.T) / 2, request.k, 0), start, why)
+
+
+def _weights(carried: Carried, k: int, guards: tuple[float, ...]) -> torch.Tensor:
+    """Of the old pairs in a start vector: the first k evenly, the guards after them."""
+    listed = [*([1.0] * k), *guards, *([0.0] * len(carried.X))][: len(carried.X)]
+    return torch.tensor(listed, dtype=carried.X.dtype, device=carried.X.device)
+
+
+def _interrupted(products: int, partial: Eigenpairs | None) -> Interrupted:
+    return Interrupted(f"tracker: interrupted after {products} products; .partial holds the pairs so far.", partial)
 
 
 def _warn(pairs: Eigenpairs, request: Request) -> None:
-    import warnings
-
     message = f"tracker: the list of values did not settle in {pairs.n_matvec} products (tol = {request.tol:g}). Raise max_iter or tol."
     warnings.warn(NotConvergedWarning(message, pairs), stacklevel=stacklevel())
 
 
 def _pairs(
-    state: Tridiagonal, recorder: _Recorder, operator: SymmetricOperator, request: Request, *, settled: bool, warm: _WarmRule | None
+    operator: SymmetricOperator,
+    request: Request,
+    S: torch.Tensor,
+    V: torch.Tensor,
+    AV: torch.Tensor,
+    bounds: torch.Tensor,
+    met: torch.Tensor | None,
+    n_matvec: int,
+    size: tuple[float, int],
 ) -> Eigenpairs:
-    """X = S V and A X = S (A V): Rayleigh quotients and true residuals without a product."""
-    theta, estimates = state.ritz()
-    chosen = select(theta, "LA", request.k)
-    S = state.coefficients(chosen).to(operator.device)
-    X, Y = (ops.combine(S, M, out=M.new_empty((len(S), operator.n))) for M in (state.V, recorder.rows(state.size)))
-    length = torch.linalg.vector_norm(X, dim=1, keepdim=True)
-    X, Y = X / length, scale(Y / length, -(state.shift or 0))
+    """X = S V and A X = S (A V): Rayleigh quotients and true residuals without a product; size is ||A|| as (a, e), a 2^e."""
+    S, (length, shift) = S.to(V.device).contiguous(), size
+    X, Y = (ops.combine(S, M, out=M.new_empty((len(S), operator.n))) for M in (V, AV))
+    norms = torch.linalg.vector_norm(X, dim=1, keepdim=True)
+    X, Y = X / norms, scale(Y / norms, -shift)
     values, residuals = rayleigh(X, Y)
-    theta, estimates = theta.clone(), estimates.clone()
-    theta[chosen], estimates[chosen] = values, residuals
-    if warm is not None:
-        bounds = warm.bounds
-    else:
-        bounds = value_bounds(theta, estimates)[chosen] if settled else residuals
-    bounds = bounds.clamp(min=rounding(state.eps, state.norm))
-    targets = Targets(request.tol, request.criterion, state.eps)
+    eps = torch.finfo(operator.dtype).eps
+    bounds = scaled(bounds, -shift).clamp(min=rounding(eps, length))
     notes = ["residuals are true ones, from the products of the run itself"]
-    if not settled:
-        notes.append("warm run: the bounds hold if the gap and the start vector are as the last call left them, up to the change seen")
-    shift = state.shift or 0
+    if met is not None:
+        notes.append(
+            "warm run: the bounds hold if nothing outside the vectors multiplied has risen by more than five times the change seen"
+        )
+        met = met if len(met) == len(values) else torch.zeros(len(values), dtype=torch.bool)
+    else:
+        met = Targets(request.tol, request.criterion, eps).met(values, residuals, bounds, length)
     return Eigenpairs(
         eigenvalues=scaled(values, shift),
         eigenvectors=X,
         residuals=scaled(residuals, shift),
         error_bounds=scaled(bounds, shift),
-        converged=targets.met(values, residuals, bounds, state.norm) if warm is None else warm.met,
+        converged=met,
         verified=True,
-        n_matvec=state.n_matvec,
+        n_matvec=n_matvec,
         n_verify=0,
         notes=(*operator.notes, *notes),
         settings={**operator.settings, **request.settings()},
@@ -264,35 +295,8 @@ def _pairs(
     )
 
 
-def _carry(state: Tridiagonal, recorder: _Recorder, pairs: Eigenpairs, old: Carried | None) -> Carried:
-    """The returned pairs and the best guesses of those after them, from the new Krylov space and what lies outside of it of the old vectors.
-
-    On the old vectors A is only known by their old values; their coupling to the new space is exact, since A V is.
-    """
-    V, AV = state.V, recorder.rows(state.size)
-    outside: list[torch.Tensor] = []
-    values: list[float] = []
-    for x, value in zip(old.X, old.values, strict=True) if old is not None else ():
-        for _ in range(2):
-            x = x - (V @ x) @ V
-            for w in outside:
-                x = x - dot(w, x) * w
-        if norm(x) > _OUTSIDE:
-            outside.append(normalised(x))
-            values.append(value)
-    B = torch.cat([V, *(w[None] for w in outside)])
-    M = (B @ AV.T).double().cpu()
-    full = torch.zeros(len(B), len(B), dtype=torch.float64)
-    full[:, : len(V)] = M
-    full[: len(V), :] = M.T
-    full[len(V) :, len(V) :] = torch.diag(torch.tensor(values, dtype=torch.float64))
-    theta, S = torch.linalg.eigh((full + full.T) / 2)
-    X, kept = [*pairs.eigenvectors], pairs.eigenvalues.tolist()
-    for value, s in zip(theta.flip(0).tolist(), S.T.flip(0), strict=True):
-        x = s.to(B.dtype).to(B.device) @ B
-        for w in X:
-            x = x - dot(w, x) * w
-        if norm(x) > _OUTSIDE and len(X) < len(pairs) + len(_GUARDS):
-            X.append(normalised(x))
-            kept.append(value)
-    return Carried(torch.stack(X), tuple(kept), 0 if old is None else old.age + 1)
+def _carry(B: torch.Tensor, F: torch.Tensor, k: int, age: int) -> Carried:
+    """The k + 7 largest pairs of the matrix F on the rows B."""
+    theta, Q = torch.linalg.eigh(F)
+    theta, S = theta.flip(0)[: k + _KEPT], Q.T.flip(0)[: k + _KEPT]
+    return Carried(ops.combine(S.to(B.device).contiguous(), B, out=B.new_empty((len(S), B.shape[1]))), tuple(theta.tolist()), age)
