@@ -9,6 +9,10 @@ namespace {
 #include "accumulate.inl"
 
 template <class T> FS_TARGET double alpha_tile(const T* v, const T* w, i64 n) {
+    for (i64 k = 0; k < n; k += kLine<T>) { // of the next tile
+        fetch(v + n + k);
+        fetch(w + n + k);
+    }
     Wide s0{}, s1{};
     i64 i = 0;
     for (; i + 2 * kWide <= n; i += 2 * kWide) {
