@@ -9,10 +9,6 @@ namespace {
 #include "accumulate.inl"
 
 template <class T> FS_TARGET double alpha_tile(const T* v, const T* w, i64 n) {
-    for (i64 k = 0; k < n; k += kLine<T>) { // of the next tile
-        fetch(v + n + k);
-        fetch(w + n + k);
-    }
     Wide s0{}, s1{};
     i64 i = 0;
     for (; i + 2 * kWide <= n; i += 2 * kWide) {
@@ -161,8 +157,6 @@ FS_TARGET void update_vectors(const Tile<S, T>& t, const Coefficients& c, const 
         const i64 n = t.n - start < kLength ? t.n - start : kLength;
         for (int b = 0; b < B; ++b) {
             const T* w = t.w + b * t.w_row + start;
-            for (i64 i = 0; i < n; i += kLine<T>)
-                fetch(w + kLength + i);
             for (i64 i = 0; i < n; ++i)
                 acc[b * kApart + i] = one(w[i]);
         }
