@@ -2,7 +2,7 @@
 //
 // Note on numerical properties. The sum over the j rows is kept in double, in the order of the rows, and rounded once to T; products
 // of float and half-precision rows are rounded to double as they are added. No reduction crosses columns: the bits depend neither
-// on threads nor on the cut into tiles.
+// on threads nor on the cut into tiles, nor on whether X is written past the caches.
 #include "fastsharp/krylov.hpp"
 
 #include "tiles.hpp"
@@ -16,7 +16,7 @@ template <class S> struct Tile { // V (j, n)
     i64 V_row, j, n;
 };
 
-template <class S, class T> using Combine = void (*)(const Tile<S>&, const double*, i64, i64, T*, i64);
+template <class S, class T> using Combine = void (*)(const Tile<S>&, const double*, i64, i64, T*, i64, bool);
 
 } // namespace
 
@@ -30,8 +30,7 @@ namespace fastsharp::cpu {
 
 namespace {
 
-constexpr i64 kCache = 1 << 20; // bytes of V that stay in the second-level cache beside the accumulators
-constexpr i64 kShortest = 256;
+constexpr i64 kTask = 16; // tiles
 
 template <class S, class T> Combine<S, T> kernel() {
 #if FASTSHARP_X86
@@ -43,21 +42,15 @@ template <class S, class T> Combine<S, T> kernel() {
     return scalar::kCombine<S, T>;
 }
 
-template <class S> i64 tile_length(i64 j) {
-    i64 length = kTile<S>;
-    while (length > kShortest && length * j * static_cast<i64>(sizeof(S)) > kCache)
-        length /= 2;
-    return length;
-}
-
 } // namespace
 
 template <class S, class T> Status combine(const double* C, i64 ldc, i64 k, const S* V, i64 ldv, i64 j, i64 n, T* X, i64 ldx, int threads) {
-    const auto tile = kernel<S, T>();
-    const i64 length = tile_length<S>(j);
+    const auto columns = kernel<S, T>();
+    const i64 length = kTask * kTile<S>;
+    const bool past = k * n * static_cast<i64>(sizeof(T)) >= kStreamed;
     parallel_for(ceil_div(n, length), threads, [=](i64 task) noexcept {
         const i64 i = task * length;
-        tile(Tile<S>{V + i, ldv, j, n - i < length ? n - i : length}, C, ldc, k, X + i, ldx);
+        columns(Tile<S>{V + i, ldv, j, n - i < length ? n - i : length}, C, ldc, k, X + i, ldx, past);
     });
     return {"combine"};
 }

@@ -23,6 +23,13 @@ template <class T> FS_TARGET double alpha_tile(const T* v, const T* w, i64 n) {
 
 // w <- w - a v1 - b v2 with K of the two terms present; returns w'w of what was stored.
 template <int K, class T> FS_TARGET double remove_terms(T* w, const T* v1, double a, const T* v2, double b, i64 n) {
+    for (i64 k = 0; k < n; k += kLine<T>) { // of the next tile
+        fetch(w + n + k);
+        if constexpr (K >= 1)
+            fetch(v1 + n + k);
+        if constexpr (K >= 2)
+            fetch(v2 + n + k);
+    }
     Wide s{};
     i64 i = 0;
     for (; i + kWide <= n; i += kWide) {
@@ -61,44 +68,51 @@ template <class T> FS_TARGET double remove_tile(T* w, const Terms<T>& t, i64 n) 
     return remove_terms<0>(w, t.v1, t.a1, t.v2, t.a2, n);
 }
 
-// out[b][r] += V[r]'w[b] for R rows and B vectors, R B accumulators. Products in T over chunks, chunk sums in double; the order of
-// the additions of one pair (r, b) depends neither on R nor on B.
-template <int R, int B, class S, class T>
-FS_TARGET void dots_rows(const S* V, i64 V_row, const T* w, i64 w_row, i64 n, double* out, i64 out_row) {
+// sums[b R + r] = the products of R rows and B vectors over [i, end), whole registers, in T. Not inlined: beside the sums over all chunks
+// compilers would put these into memory.
+template <int R, int B, class S, class T> FS_TARGET __attribute__((noinline)) void
+dots_chunk(const S* V, i64 V_row, const T* w, i64 w_row, i64 i, i64 end, const Ahead<S, R>& ahead, Vec<T>* sums) {
+    Vec<T> acc[B][R];
+    FASTSHARP_UNROLL for (int b = 0; b < B; ++b) { FASTSHARP_UNROLL for (int r = 0; r < R; ++r) acc[b][r] = Vec<T>{}; }
+    for (; i < end; i += kWidth<T>) {
+        Vec<T> v[R];
+        FASTSHARP_UNROLL for (int r = 0; r < R; ++r) v[r] = as(V + r * V_row + i, T{});
+        if (i % kLine<S> == 0)
+            ahead.fetch_line(i);
+        FASTSHARP_UNROLL for (int b = 0; b < B; ++b) {
+            const auto x = load<Vec<T>>(w + b * w_row + i);
+            FASTSHARP_UNROLL for (int r = 0; r < R; ++r) acc[b][r] += v[r] * x;
+        }
+    }
+    FASTSHARP_UNROLL for (int b = 0; b < B; ++b) { FASTSHARP_UNROLL for (int r = 0; r < R; ++r) sums[b * R + r] = acc[b][r]; }
+}
+
+// out[b][r] += V[r]'w[b] for R rows from `row` on and B vectors from `vector` on, R B accumulators. Products in T over chunks, chunk sums
+// in double; the order of the additions of one pair (r, b) depends neither on R nor on B.
+template <int R, int B, class S, class T> FS_TARGET void dots_rows(const Tile<S, T>& t, i64 row, i64 vector, double* out) {
     constexpr i64 W = kWidth<T>;
-    Wide s[B][R] = {};
-    double tail[B][R] = {};
-    for (i64 i = 0; i < n;) {
-        const i64 end = n - i < kChunk ? n : i + kChunk;
-        Vec<T> acc[B][R] = {};
-        for (; i + W <= end; i += W) {
-            Vec<T> v[R];
-            for (int r = 0; r < R; ++r)
-                v[r] = as(V + r * V_row + i, T{});
-            for (int b = 0; b < B; ++b) {
-                const auto x = load<Vec<T>>(w + b * w_row + i);
-                for (int r = 0; r < R; ++r)
-                    acc[b][r] += v[r] * x;
-            }
-        }
-        for (int b = 0; b < B; ++b) {
-            for (int r = 0; r < R; ++r) {
-                T lanes[W];
-                __builtin_memcpy(lanes, &acc[b][r], sizeof lanes);
-                for (i64 k = 0; k < W; k += kWide)
-                    s[b][r] += widen(lanes + k);
-            }
-        }
-        for (; i < end; ++i) {
-            for (int b = 0; b < B; ++b) {
-                for (int r = 0; r < R; ++r)
-                    tail[b][r] += one(V[r * V_row + i]) * one(w[b * w_row + i]);
-            }
+    const S* V = t.V + row * t.V_row;
+    const T* w = t.w + vector * t.w_row;
+    const Ahead<S, R> ahead(t.V, t.V_row, t.j, row, t.V + kTile<S>);
+    Wide s[B * R] = {};
+    const i64 whole = t.n / W * W;
+    for (i64 i = 0; i < whole; i += kChunk) {
+        Vec<T> sums[B * R];
+        dots_chunk<R, B>(V, t.V_row, w, t.w_row, i, whole - i < kChunk ? whole : i + kChunk, ahead, sums);
+        for (int k = 0; k < B * R; ++k) {
+            T lanes[W];
+            __builtin_memcpy(lanes, sums + k, sizeof lanes);
+            for (i64 l = 0; l < W; l += kWide)
+                s[k] += widen(lanes + l);
         }
     }
     for (int b = 0; b < B; ++b) {
-        for (int r = 0; r < R; ++r)
-            out[b * out_row + r] += sum(s[b][r]) + tail[b][r];
+        for (int r = 0; r < R; ++r) {
+            double tail = 0;
+            for (i64 i = whole; i < t.n; ++i)
+                tail += one(V[r * t.V_row + i]) * one(w[b * t.w_row + i]);
+            out[(vector + b) * (t.j + 1) + row + r] += sum(s[b * R + r]) + tail;
+        }
     }
 }
 
@@ -113,8 +127,7 @@ template <int R, class S, class T> FS_TARGET void dots_block(const Tile<S, T>& t
         constexpr int kAtOnce = R < rows_beside(B) ? R : rows_beside(B);
         for (; b + B <= t.b; b += B) {
             for (int k = 0; k < R; k += kAtOnce)
-                dots_rows<kAtOnce, B>(t.V + (r + k) * t.V_row, t.V_row, t.w + b * t.w_row, t.w_row, t.n, out + b * (t.j + 1) + r + k,
-                                      t.j + 1);
+                dots_rows<kAtOnce, B>(t, r + k, b, out);
         }
     };
     group(Size<8>{});
@@ -136,31 +149,39 @@ template <class S, class T> FS_TARGET void dots_tile(const Tile<S, T>& t, const 
 
 template <int B, class S, class T>
 FS_TARGET void update_vectors(const Tile<S, T>& t, const Coefficients& c, const Next<S>& next, double* out) {
-    constexpr i64 kLength = kTile<S>;
-    alignas(64) double acc[B * kLength];
-    for (int b = 0; b < B; ++b) {
-        for (i64 k = 0; k < t.n; ++k)
-            acc[b * kLength + k] = one(t.w[b * t.w_row + k]);
+    constexpr i64 kLength = kPiece<B, S>;
+    constexpr i64 kApart = kLength + kGap;
+    alignas(64) double acc[B * kApart];
+    Wide s[B] = {};
+    for (i64 start = 0; start < t.n; start += kLength) {
+        const i64 n = t.n - start < kLength ? t.n - start : kLength;
+        for (int b = 0; b < B; ++b) {
+            const T* w = t.w + b * t.w_row + start;
+            for (i64 i = 0; i < n; ++i)
+                acc[b * kApart + i] = one(w[i]);
+        }
+        const S* V = t.V + start;
+        accumulate<B>(V, t.V_row, t.j, c.data, c.row, acc, kApart, n, V + kLength);
+        for (int b = 0; b < B; ++b) {
+            T* w = t.w + b * t.w_row + start;
+            i64 i = 0;
+            for (; i + kWide <= n; i += kWide) {
+                const Wide x = store(w + i, widen(acc + b * kApart + i));
+                s[b] += x * x;
+                if (next.row != nullptr)
+                    store(next.row + start + i, next.factor * x);
+            }
+            for (; i < n; ++i) {
+                store_one(w + i, acc[b * kApart + i]);
+                if (next.row != nullptr)
+                    store_one(next.row + start + i, next.factor * one(w[i]));
+            }
+        }
     }
-    accumulate<B>(t.V, t.V_row, t.j, c.data, c.row, acc, kLength, t.n, t.V + kLength);
     for (int b = 0; b < B; ++b) {
-        T* w = t.w + b * t.w_row;
-        Wide s{};
-        i64 i = 0;
-        for (; i + kWide <= t.n; i += kWide) {
-            const Wide x = store(w + i, widen(acc + b * kLength + i));
-            s += x * x;
-            if (next.row != nullptr)
-                store(next.row + i, next.factor * x);
-        }
-        double total = sum(s);
-        for (; i < t.n; ++i) {
-            store_one(w + i, acc[b * kLength + i]);
-            const double x = one(w[i]);
-            total += x * x;
-            if (next.row != nullptr)
-                store_one(next.row + i, next.factor * x);
-        }
+        double total = sum(s[b]);
+        for (i64 i = t.n / kWide * kWide; i < t.n; ++i)
+            total += one(t.w[b * t.w_row + i]) * one(t.w[b * t.w_row + i]);
         out[b] += total;
     }
 }
@@ -190,10 +211,9 @@ template <class T> FS_TARGET double read_tile(const T* x, i64 n) {
             s[k] += load<Vec<T>>(x + i + k * W);
     }
     double total = 0;
-    for (int k = 0; k < 4; ++k) {
-        for (i64 l = 0; l < W; ++l)
-            total += static_cast<double>(s[k][l]);
-    }
+    const Vec<T> all = (s[0] + s[1]) + (s[2] + s[3]);
+    for (i64 l = 0; l < W; ++l)
+        total += static_cast<double>(all[l]);
     for (; i < n; ++i)
         total += static_cast<double>(x[i]);
     return total;

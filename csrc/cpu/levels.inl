@@ -5,6 +5,8 @@
 //   FS_HALVES(p)     FS_BFLOATS(p)    a register of floats from memory     FS_HALVES_2, FS_BFLOATS_2   half a register
 //   FS_STORE_HALVES(p, x)             half a register of floats to memory, to nearest even
 //   FS_PRODUCT(x, y)                  products of the low 32 bits of 64-bit lanes
+//   FS_ROOT(x)                        square roots of doubles
+//   FS_STREAM(p, x)  FS_STREAMED()    a register to memory past the caches, p a multiple of FS_BYTES; behind the last one of a task
 #include "fastsharp/simd.hpp"
 #if FASTSHARP_X86
 #if defined(__GNUC__) && !defined(__clang__)
@@ -24,6 +26,9 @@
 #define FS_BFLOATS_2(p) each<HalfFloat>(p)
 #define FS_STORE_HALVES(p, x) store_each(p, x)
 #define FS_PRODUCT(x, y) ((x & 0xFFFFFFFFU) * (y & 0xFFFFFFFFU))
+#define FS_ROOT(x) root(x)
+#define FS_STREAM(p, x) __builtin_memcpy(p, &x, sizeof x)
+#define FS_STREAMED()
 #include FS_KERNELS
 #include "undefine.inl"
 
@@ -40,6 +45,9 @@
 #define FS_BFLOATS_2(p) _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16))
 #define FS_STORE_HALVES(p, x) _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
 #define FS_PRODUCT(x, y) (Word64)(_mm256_mul_epu32((__m256i)(x), (__m256i)(y)))
+#define FS_ROOT(x) _mm256_sqrt_pd(x)
+#define FS_STREAM(p, x) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)(x))
+#define FS_STREAMED() _mm_sfence()
 #include FS_KERNELS
 #include "undefine.inl"
 
@@ -56,6 +64,9 @@
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))
 #define FS_STORE_HALVES(p, x) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
 #define FS_PRODUCT(x, y) (Word64)(_mm512_mul_epu32((__m512i)(x), (__m512i)(y)))
+#define FS_ROOT(x) _mm512_sqrt_pd(x)
+#define FS_STREAM(p, x) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)(x))
+#define FS_STREAMED() _mm_sfence()
 #include FS_KERNELS
 #include "undefine.inl"
 #endif

@@ -5,7 +5,7 @@
 // in ten million. Entries do not depend on threads; across instruction sets they agree in the same sense.
 #include "fastsharp/krylov.hpp"
 
-#include "fastsharp/parallel.hpp"
+#include "tiles.hpp"
 
 namespace fastsharp::cpu {
 
@@ -15,9 +15,16 @@ struct Key {
     std::uint64_t seed, stream;
 };
 
-struct Generators { // blocks [q, q + blocks) of the stream, whole blocks
-    void (*rademacher)(Key, i64 q, i64 blocks, float*);
-    void (*normal)(Key, i64 q, i64 blocks, float*);
+using Generate = void (*)(Key, i64 q, i64 blocks, float*); // blocks [q, q + blocks) of the stream, whole blocks
+
+// Entries [start, end) of a row; a block has `per_block` of them.
+template <class T> using Fill = void (*)(Generate, i64 per_block, Key, i64 start, i64 end, T* row, bool past);
+
+constexpr i64 kPiece = 4096; // entries of a row made at once, on the stack
+
+template <class T> struct Generators {
+    Generate rademacher, normal;
+    Fill<T> fill;
 };
 
 } // namespace
@@ -32,38 +39,33 @@ namespace fastsharp::cpu {
 
 namespace {
 
-constexpr i64 kPiece = 4096; // entries of a row made at once, on the stack
-constexpr i64 kTask = 16;    // pieces
+constexpr i64 kTask = 16; // pieces
 
-const Generators& generators() {
+template <class T> const Generators<T>& generators() {
 #if FASTSHARP_X86
     if (simd() == Simd::avx512)
-        return avx512::kGenerators;
+        return avx512::kGenerators<T>;
     if (simd() == Simd::avx2)
-        return avx2::kGenerators;
+        return avx2::kGenerators<T>;
 #endif
-    return scalar::kGenerators;
+    return scalar::kGenerators<T>;
 }
 
 } // namespace
 
 template <class T> Status probes(Kind kind, std::uint64_t seed, i64 first, T* out, i64 ldo, i64 b, i64 n, int threads) {
     const bool signs = kind == Kind::rademacher;
-    const auto generate = signs ? generators().rademacher : generators().normal;
+    const Generators<T>& g = generators<T>();
+    const Generate generate = signs ? g.rademacher : g.normal;
+    const Fill<T> fill = g.fill;
+    const bool past = b * n * static_cast<i64>(sizeof(T)) >= kStreamed;
     const i64 per_block = signs ? 128 : 4;
     const i64 tasks = ceil_div(n, kTask * kPiece);
     parallel_for(b * tasks, threads, [=](i64 task) noexcept {
-        alignas(64) float piece[kPiece];
         const i64 row = task / tasks;
         const i64 start = task % tasks * kTask * kPiece;
         const i64 end = n - start < kTask * kPiece ? n : start + kTask * kPiece;
-        for (i64 i = start; i < end; i += kPiece) {
-            const i64 length = end - i < kPiece ? end - i : kPiece;
-            generate({seed, static_cast<std::uint64_t>(first + row)}, i / per_block, ceil_div(length, per_block), piece);
-            T* to = out + row * ldo + i;
-            for (i64 k = 0; k < length; ++k)
-                to[k] = static_cast<T>(piece[k]);
-        }
+        fill(generate, per_block, {seed, static_cast<std::uint64_t>(first + row)}, start, end, out + row * ldo, past);
     });
     return {"probes"};
 }

@@ -6,6 +6,8 @@ namespace {
 
 #include "registers.inl"
 
+#include "stream.inl"
+
 // Words live in the low halves of 64-bit lanes: that is what the widening product takes. High halves hold leftovers until the end.
 using Word64 = std::uint64_t __attribute__((vector_size(FS_BYTES)));
 using Word32 = std::uint32_t __attribute__((vector_size(FS_BYTES)));
@@ -118,23 +120,48 @@ FS_INLINE Wide root(Wide x) {
 FS_TARGET void normal(Key key, i64 q, i64 blocks, float* out) {
     for (i64 done = 0; done < blocks; done += kWide) {
         const Block x = philox(counters(q + done), key);
-        Wide z[4];
+        float z[4][kWide];
         const Word64 words[4] = {x.a, x.b, x.c, x.d};
         for (int pair = 0; pair < 2; ++pair) {
-            const Wide radius = root(-2.0 * logarithm((real(words[2 * pair]) + 1.0) * 0x1p-32));
+            const Wide radius = FS_ROOT(-2.0 * logarithm((real(words[2 * pair]) + 1.0) * 0x1p-32));
             const Angle angle = turn(real(words[2 * pair + 1]) * 0x1p-32);
-            z[2 * pair] = radius * angle.cos;
-            z[2 * pair + 1] = radius * angle.sin;
+            store(z[2 * pair], radius * angle.cos);
+            store(z[2 * pair + 1], radius * angle.sin);
         }
-        for (i64 k = 0; k < kWide && done + k < blocks; ++k) {
-            for (int m = 0; m < 4; ++m)
-                out[(done + k) * 4 + m] = static_cast<float>(z[m][k]);
+        float* to = out + done * 4;
+        if (done + kWide <= blocks) { // a constant count, for the compiler to interleave whole registers
+            for (i64 k = 0; k < kWide; ++k) {
+                for (int m = 0; m < 4; ++m)
+                    to[k * 4 + m] = z[m][k];
+            }
+        } else {
+            for (i64 k = 0; k < blocks - done; ++k) {
+                for (int m = 0; m < 4; ++m)
+                    to[k * 4 + m] = z[m][k];
+            }
         }
     }
 }
 
+template <class T> FS_TARGET void fill(Generate generate, i64 per_block, Key key, i64 start, i64 end, T* row, bool past) {
+    alignas(64) float piece[kPiece];
+    for (i64 i = start; i < end; i += kPiece) {
+        const i64 length = end - i < kPiece ? end - i : kPiece;
+        generate(key, i / per_block, ceil_div(length, per_block), piece);
+        if constexpr (sizeof(T) == sizeof(float)) {
+            put_row(row + i, piece, length, past);
+        } else {
+            alignas(64) T wide[kPiece];
+            for (i64 k = 0; k < length; ++k)
+                wide[k] = one(piece[k]);
+            put_row(row + i, wide, length, past);
+        }
+    }
+    FS_STREAMED();
+}
+
 } // namespace
 
-inline constexpr Generators kGenerators{rademacher, normal};
+template <class T> inline constexpr Generators<T> kGenerators{rademacher, normal, fill<T>};
 
 } // namespace fastsharp::cpu::FS_LEVEL

@@ -14,6 +14,8 @@ constexpr i64 kSlabs = 1024; // of one vector at most
 // prefetcher stops at pages.
 template <class S> inline constexpr i64 kTile = sizeof(S) == 2 ? 2048 : 1024;
 
+constexpr i64 kStreamed = i64{2} << 20; // bytes of a result from which on it is written past the caches
+
 inline i64 slab_length(i64 n) { return kUnit * ceil_div(ceil_div(n, kUnit), kSlabs); }
 inline i64 slab_count(i64 n) { return ceil_div(n, slab_length(n)); }
 

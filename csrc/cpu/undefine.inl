@@ -11,3 +11,6 @@
 #undef FS_BFLOATS_2
 #undef FS_STORE_HALVES
 #undef FS_PRODUCT
+#undef FS_ROOT
+#undef FS_STREAM
+#undef FS_STREAMED

@@ -117,6 +117,8 @@ int main() {
             check_probes<double>(n);
         }
         check_probes<float>(70001);
+        check<float, float>(1, 1, 2, 180007, 0); // 2 MiB of combinations: written past the caches
+        check_probes<double>(132003);
         zero_coefficient_skips_its_term();
     });
     CHECK(!set_simd("avx1024"), "an unknown instruction set was accepted");

@@ -65,3 +65,18 @@ def test_thread_count_and_company_do_not_change_a_bit(variant: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], x) for x in (*results[1:], alone))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("cpu")])
+def test_results_past_the_caches_are_the_same_bits(variant: str, offset: int) -> None:
+    """From 2 MiB on results are stored past the caches, by whole registers where the address allows it."""
+    n, piece = 2**18 + 77, 100_000
+    S, V = coefficients(2, 3), block("single", 1, 1, 3, n, torch.float16).V[0]
+    with using(variant):
+        x = torch.full((2, n + 8), torch.nan)
+        whole = combine(S, V, out=x[:, offset : offset + n])
+        assert whole.nbytes >= 2**21
+        parts = [combine(S, v, out=torch.empty(2, v.shape[1])) for v in V.split(piece, dim=1)]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
+    assert bool(x[:, :offset].isnan().all()) and bool(x[:, offset + n :].isnan().all()), "written beyond a row"

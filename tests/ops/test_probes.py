@@ -111,6 +111,22 @@ def test_bits_do_not_depend_on_threads_or_on_the_cut_into_calls(variant: str, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", CPU)
+def test_results_past_the_caches_are_the_same_bits(variant: str, dtype: torch.dtype, offset: int, kind: str) -> None:
+    """From 2 MiB on results are stored past the caches, by whole registers where the address allows it."""
+    n = 2**18 + 77
+    with using(variant):
+        x = torch.full((2, n + 8), torch.nan, dtype=dtype)
+        whole = probes(kind, out=x[:, offset : offset + n], seed=3)
+        assert whole.nbytes >= 2**21
+        rows = [probes(kind, out=torch.empty(1, n), seed=3, first=i) for i in range(2)]
+    assert torch.equal(whole, torch.cat(rows).to(dtype))
+    assert bool(x[:, :offset].isnan().all()) and bool(x[:, offset + n :].isnan().all()), "written beyond a row"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_moments_and_independence(kind: str) -> None:
     """Means of products of k entries lie within five standard deviations of what independent entries give."""
     b, n = 8, 200_000

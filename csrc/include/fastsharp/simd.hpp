@@ -15,6 +15,13 @@
 #define FASTSHARP_X86 0
 #endif
 
+// In front of a short loop over arrays that shall live in registers.
+#if defined(__clang__)
+#define FASTSHARP_UNROLL _Pragma("unroll")
+#else
+#define FASTSHARP_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace fastsharp {
 
 enum class Simd : int { scalar = 0, avx2 = 1, avx512 = 2 };
