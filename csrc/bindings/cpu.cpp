@@ -85,18 +85,22 @@ template <class T> void mlp(pybind11::module_& m, const std::string& t) {
     });
     m.def(("mlp_product_" + t).c_str(),
           [](i64 layers, Address widths, Address weights, Address biases, bool curved, int loss, i64 samples, i64 n, bool gauss,
-             Address cache, Address theta, i64 rows, Address member, Address V, i64 V_row, Address out, i64 out_row, Address work,
-             int threads) {
+             Address cache, Address theta, Address units, Address counts, i64 rows, Address member, Address V, i64 V_row, Address out,
+             i64 out_row, double scale, double divisor, Address work, int threads) {
               const fs::MlpProduct<T> p{shape(layers, widths, weights, biases, curved, loss, samples, n),
                                         gauss,
                                         at<const T>(cache),
                                         at<const T>(theta),
+                                        at<const i64>(units),
+                                        at<const i64>(counts),
                                         rows,
                                         at<const i64>(member),
                                         at<const T>(V),
                                         V_row,
                                         at<T>(out),
-                                        out_row};
+                                        out_row,
+                                        static_cast<T>(scale),
+                                        static_cast<T>(divisor)};
               check(k::mlp_product(p, at<T>(work), threads));
           },
           Release());

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsharp.ops import _border
+from fastsharp.ops._mlp_tiles import Tiles, tiled, tiles
 
 if TYPE_CHECKING:
     from fastsharp.ops.mlp import Primal, Product
@@ -27,52 +28,64 @@ def native_mlp(module: ModuleType, primal: Primal) -> tuple[Product, int]:
     biases = torch.tensor([-1 if b is None else b for b in net.biases])
     tables = [_border.address(t) for t in (widths, weights, biases)]
     shape = (net.layers, *tables, net.curved, _LOSSES[net.loss], primal.samples, net.n)
-    cache = _cache(primal, getattr(module, f"mlp_tile_size_{suffix}")(*shape))
+    # ReLU's second derivative is zero and its first one is where the unit is off: then nothing of the unit is left in a tile
+    cut = tiles(primal.slope or (primal.a[0],), net.widths, _TILE_BYTES // theta.element_size(), net.activation == "relu")
+    cache = _cache(primal, cut, getattr(module, f"mlp_tile_size_{suffix}")(*shape))
     size, kernel = getattr(module, f"mlp_workspace_size_{suffix}"), getattr(module, f"mlp_product_{suffix}")
-    held = (widths, weights, biases)  # the kernel reads them at every call
+    held = (widths, weights, biases, cache, theta, cut)  # the kernel reads them at every call
+    fixed = tuple(_border.address(t) for t in (cache, theta, cut.units, cut.counts))
     work = theta.new_empty(0)
+    room = (0, 0)  # rows and threads that `work` was made for
 
-    def product(V: Tensor, member: Tensor, out: Tensor, gauss: bool) -> None:
-        nonlocal work
+    def product(V: Tensor, member: Tensor, out: Tensor, gauss: bool, scale: float, divisor: float) -> None:
+        nonlocal work, room
         assert held
         rows, threads = V.shape[0], torch.get_num_threads()
-        needed = size(*shape, rows, threads)
-        if work.numel() < needed:
-            work = theta.new_empty(needed)
+        if room != (rows, threads):
+            needed, room = size(*shape, rows, threads), (rows, threads)
+            if work.numel() < needed:
+                work = theta.new_empty(needed)
         vectors = (rows, _border.address(member), _border.address(V), V.stride(0), _border.address(out), out.stride(0))
-        _border.call(kernel, *shape, gauss, _border.address(cache), _border.address(theta), *vectors, _border.address(work), threads)
+        _border.call(kernel, *shape, gauss, *fixed, *vectors, scale, divisor, _border.address(work), threads)
 
-    return product, cache.nbytes
+    return product, cache.nbytes + cut.units.nbytes + cut.counts.nbytes
 
 
-def _cache(primal: Primal, tile_size: int) -> Tensor:
+def _cache(primal: Primal, cut: Tiles, tile_size: int) -> Tensor:
     """(E, tiles, tile size) as the header says."""
-    net, (E, N) = primal.net, primal.w.shape
+    net, (E, _) = primal.net, primal.w.shape
     step = _TILE_BYTES // primal.w.element_size()
     line = _LINE_BYTES // primal.w.element_size()
-    tiles = -(-N // step)
-    cache = primal.w.new_zeros(E, tiles, tile_size)
+    count = cut.counts.shape[1]
+    cache = primal.w.new_zeros(E, count, tile_size)
+    units = cut.units.split(list(net.widths), -1)
     at = 0
 
-    def put(t: Tensor, columns: int, transposed: bool) -> None:
-        """t (E, N, d) as tiles (step, columns) or, transposed, as (d, step)."""
+    def put(t: Tensor, l: int | None, transposed: bool = False) -> None:  # noqa: E741
+        """t (E, N, d) of layer l as tiles (d, step) or, transposed, as (step, d padded); units that take part come first."""
         nonlocal at
         d = t.shape[-1]
-        length = d * step if transposed else step * columns
+        columns = -(-d // line) * line if transposed else d
+        values = tiled(t, cut.order, step)
+        if l is not None and bool((cut.counts[..., l] < d).any()):
+            values = values.gather(-1, units[l][:, :, None].expand(E, count, step, d))
+        length = columns * step
         part = cache[:, :, at : at + length]
-        part = part.view(E, tiles, d, step).mT if transposed else part.view(E, tiles, step, columns)
-        whole, rest = divmod(N, step)
-        part[:, :whole, :, :d] = t[:, : whole * step].reshape(E, whole, step, d)
-        if rest:
-            part[:, whole, :rest, :d] = t[:, whole * step :]
+        if transposed:
+            part.view(E, count, step, columns)[..., :d] = values
+        else:
+            part.view(E, count, d, step)[:] = values.mT
         at += length
 
-    for a in primal.a:
-        put(a, 0, True)
-        put(a, -(-a.shape[-1] // line) * line, False)
-    for t in (*primal.slope, *(primal.bend if net.curved else ()), *primal.y, *(() if primal.p is None else (primal.p,))):
-        put(t, 0, True)
-    put(primal.w[..., None], 0, True)
+    for l, a in enumerate(primal.a):  # noqa: E741
+        put(a, l)
+        put(a, l, transposed=True)
+    for t in (primal.slope, *((primal.bend,) if net.curved else ()), primal.y):
+        for l, values in enumerate(t, 1):  # noqa: E741
+            put(values, l)
+    if primal.p is not None:
+        put(primal.p, net.layers)
+    put(primal.w[..., None], None)
     if at != tile_size:
         raise AssertionError(f"the cache of the kernel has {tile_size} entries a tile, {at} were written")
     return cache

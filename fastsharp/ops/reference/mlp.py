@@ -27,7 +27,7 @@ def mlp_same_dtype(primal: Primal) -> tuple[Product, int]:
 def _products(primal: Primal, dtype: torch.dtype) -> Product:
     net, L = primal.net, primal.net.layers
 
-    def product(V: Tensor, member: Tensor, out: Tensor, gauss: bool) -> None:
+    def product(V: Tensor, member: Tensor, out: Tensor, gauss: bool, scale: float, divisor: float) -> None:
         rows = member.to(V.device)
 
         def of_rows(t: Tensor) -> Tensor:
@@ -62,6 +62,6 @@ def _products(primal: Primal, dtype: torch.dtype) -> Product:
                 y = of_rows(primal.slope[l - 2]) * back
                 if primal.bend and not gauss:
                     y = y + of_rows(primal.bend[l - 2]) * zs[l - 2]
-        out.copy_(result)
+        out.copy_(result.mul_(scale).div_(divisor))
 
     return product
