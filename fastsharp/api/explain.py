@@ -9,7 +9,7 @@ from torch import nn
 
 from fastsharp.batches import as_loader
 from fastsharp.curvature import Hessian
-from fastsharp.curvature.backends import MAKERS, candidates
+from fastsharp.curvature.backends import MAKERS, against, candidates
 from fastsharp.curvature.batch_products import Request, Unavailable
 from fastsharp.curvature.engine import TapeProducts
 from fastsharp.curvature.rop.linearise import Row
@@ -33,29 +33,33 @@ def explain(
     batch      one batch; of a loader the first one
     loss_fn, params, bn, dropout   as in `fastsharp.lanczos`
 
-    Returns Explanation: `.backend`, `.refusals` {backend: reason}, `.calls` (ATen name, count, "rule" or "island", modules).
+    Returns Explanation: `.backend`, `.refusals` and `.declined` {backend: reason}, `.calls` (ATen name, count, "rule" or "island", modules).
     Cost: one linearisation of the batch by each backend; no product is computed.
     Raises subclasses of FastsharpError where products cannot be had at all.
     """
     first = next(iter(as_loader(batch)), None)
     hessian = Hessian(model, [] if first is None else [first], loss_fn, params=params, bn=bn, dropout=dropout)
     request = Request(hessian.objective, 0, hessian.objective.batches.first())
-    *auto, last = candidates("auto")
+    *auto, last = candidates("auto", hessian.objective)
+    declined: dict[str, str] = {}
     refusals: dict[str, str] = {}
     calls: tuple[Calls, ...] = ()
     with hessian.objective.quiet():
         for name in (name for name in MAKERS if name != last):
             try:
                 products = MAKERS[name](request).products
-            except Unavailable as reason:
-                refusals[name] = str(reason)
+            except Unavailable as e:
+                refusals[name] = str(e)
                 continue
+            reason = against(name, hessian.objective)
+            if reason:
+                declined[name] = reason
             if isinstance(products, TapeProducts):
                 calls = _by_op(products.table())
         backend = next((name for name in auto if name not in refusals), last)
         if backend == last:  # it takes every model that has products at all
             MAKERS[last](request).products.check_twice_differentiable()
-    return Explanation(backend, refusals, calls)
+    return Explanation(backend, refusals, calls, declined)
 
 
 def _by_op(rows: list[Row]) -> tuple[Calls, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastsharp.batches import tensors_of
-from fastsharp.curvature.backends import BACKENDS, MAKERS, candidates
+from fastsharp.curvature.backends import BACKENDS, MAKERS, SPECIAL, against, candidates
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
 from fastsharp.errors import (
     DeviceError,
@@ -62,7 +62,7 @@ class FiniteSum(SymmetricOperator):
         super().__init__(self.objective.selection.layout.n, self.objective.dtype, self.objective.device)
         self.preflight: dict[str, Any] = {"level": "off"}
         self._options = {"bn": bn, "dropout": dropout, "memory": memory}
-        self._candidates = candidates(backend)  # backends to be used, the first of them at present
+        self._candidates = candidates(backend, self.objective)  # backends to be used, the first of them at present
         self._refusals: list[str] = []  # why an earlier candidate was left
         self._precision: str | None = None  # of cheap products; None: the parameters' dtype
         self._relatives: weakref.WeakSet[FiniteSum] = weakref.WeakSet()  # operators on this objective: they share its budget
@@ -98,7 +98,7 @@ class FiniteSum(SymmetricOperator):
             raise DeviceError(f"precision='tf32': the model is on {self.device}, TF32 units are on CUDA devices. Use precision='auto'.")
         twin = copy.copy(self)
         twin._precision = precision
-        twin._candidates = candidates("autograd") if precision == "bf16" else list(self._candidates)
+        twin._candidates = ["autograd"] if precision == "bf16" else list(self._candidates)
         twin._refusals = []
         twin._reset()
         return twin
@@ -118,6 +118,7 @@ class FiniteSum(SymmetricOperator):
         self._kept: dict[int, tuple[BatchProducts, float]] = {}
         self._kept_bytes = 0
         self._all_kept = True
+        self._plain = True  # all that are kept
         self._denominator: float | None = None
         self._unused: tuple[str, ...] = ()
         self._islands: dict[str, None] = {}
@@ -201,6 +202,9 @@ class FiniteSum(SymmetricOperator):
         if self._precision and self.objective.modes.by_batch():
             with torch.no_grad():
                 self.objective.evaluate_unchecked(index, batch)  # frozen statistics are those of the exact activations
+        reason = against(self.backend, self.objective) if len(self._candidates) > 1 else None  # a hook may be new since
+        if reason:
+            raise Unavailable(reason)
         made = MAKERS[self.backend](Request(self.objective, index, batch, self.kind == "ggn", self._precision == "bf16"))
         if made.products.not_finite:  # a saturated unit hides an Inf in the data from the loss
             raise non_finite_gradient([self.objective.selection.names[i] for i in made.products.not_finite], index, batch)
@@ -213,7 +217,8 @@ class FiniteSum(SymmetricOperator):
             raise EngineError(
                 f"backend={self.backend!r} cannot compute this model's products: {refusal}.\nUse backend='auto' or 'autograd'."
             ) from refusal
-        self._refusals.append(str(refusal))
+        if self.backend not in SPECIAL:
+            self._refusals.append(str(refusal))
         self._candidates = self._candidates[1:]
         self._reset()
 
@@ -222,21 +227,29 @@ class FiniteSum(SymmetricOperator):
         if self._records != self.objective.records:
             raise StaleOperatorError("the weights were taken anew by another operator on these data. Call refresh() on this one as well.")
         kept = self._denominator is not None and self._all_kept
-        plain = kept and all(products.plain for products, _ in self._kept.values())
+        plain = kept and self._plain
         with torch.no_grad() if plain else self.objective.quiet(forward=not kept, tf32=self._precision == "tf32"):
             # autograd takes no tensor made under inference_mode, and writing into one is refused outside of it
-            total = torch.zeros_like(V) if out.is_inference() else out.zero_()
+            total = torch.empty_like(out) if out.is_inference() else out
             rows = V.clone() if V.is_inference() else V
-            if kept:
-                for products, scale in self._kept.values():
-                    products.add_products(rows, total, scale)
+            if kept and len(self._kept) == 1:
+                ((products, scale),) = self._kept.values()
+                products.products(rows, total, scale, self._denominator or 1.0)
             else:
-                while not self._passed(rows, total):
-                    total.zero_()
-            if self._denominator not in (None, 1.0):
-                total.div_(self._denominator)
+                self._sum(rows, total.zero_(), kept)
         if total is not out:
             out.copy_(total)
+
+    def _sum(self, V: torch.Tensor, total: torch.Tensor, kept: bool) -> None:
+        """total (zero) <- the sum over batches."""
+        if kept:
+            for products, scale in self._kept.values():
+                products.add_products(V, total, scale)
+        else:
+            while not self._passed(V, total):
+                total.zero_()
+        if self._denominator not in (None, 1.0):
+            total.div_(self._denominator)
 
     def _passed(self, V: torch.Tensor, total: torch.Tensor) -> bool:
         """One pass over the data; False where the backend refused a batch and the next one has to start over."""
@@ -279,6 +292,7 @@ class FiniteSum(SymmetricOperator):
         taken = sum(operator._kept_bytes for operator in self._relatives)
         if self._all_kept and not self.objective.batches.streamed and taken + size <= self.objective.graph_budget:
             self._kept[index] = (products, scale)
+            self._plain &= products.plain
             self._kept_bytes += size
         else:
             self._all_kept = False

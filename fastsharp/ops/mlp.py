@@ -143,6 +143,11 @@ class Prepared:
         return out
 
 
+def native(device: torch.device) -> bool:
+    """Whether products on this device are one native call."""
+    return device.type == "cpu" and _registry.choose(device).name == "cpu"
+
+
 @lru_cache(maxsize=16)
 def _own(rows: int, E: int) -> Tensor:
     """The nets of the rows where none are named: row r of net r, or all of the only net."""
