@@ -58,7 +58,7 @@ def _cache(primal: Primal, cut: Tiles, tile_size: int) -> Tensor:
     line = _LINE_BYTES // primal.w.element_size()
     count = cut.counts.shape[1]
     cache = primal.w.new_zeros(E, count, tile_size)
-    units = cut.units.split(list(net.widths), -1)
+    units = torch.split(cut.units, list(net.widths), -1)
     at = 0
 
     def put(t: Tensor, l: int | None, transposed: bool = False) -> None:  # noqa: E741
