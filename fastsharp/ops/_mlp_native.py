@@ -61,25 +61,22 @@ def _cache(primal: Primal, cut: Tiles, tile_size: int) -> Tensor:
     units = torch.split(cut.units, list(net.widths), -1)
     at = 0
 
-    def put(t: Tensor, l: int | None, transposed: bool = False) -> None:  # noqa: E741
-        """t (E, N, d) of layer l as tiles (d, step) or, transposed, as (step, d padded); units that take part come first."""
+    def put(t: Tensor, l: int | None, both: bool = False) -> None:  # noqa: E741
+        """t (E, N, d) of layer l as tiles (d, step), and with `both` as (step, d padded) too; units that take part come first."""
         nonlocal at
         d = t.shape[-1]
-        columns = -(-d // line) * line if transposed else d
         values = tiled(t, cut.order, step)
-        if l is not None and bool((cut.counts[..., l] < d).any()):
+        if l is not None and cut.left_out[l]:
             values = values.gather(-1, units[l][:, :, None].expand(E, count, step, d))
-        length = columns * step
-        part = cache[:, :, at : at + length]
-        if transposed:
-            part.view(E, count, step, columns)[..., :d] = values
-        else:
-            part.view(E, count, d, step)[:] = values.mT
-        at += length
+        cache[:, :, at : at + d * step].view(E, count, d, step)[:] = values.mT
+        at += d * step
+        if both:
+            padded = -(-d // line) * line
+            cache[:, :, at : at + step * padded].view(E, count, step, padded)[..., :d] = values
+            at += step * padded
 
     for l, a in enumerate(primal.a):  # noqa: E741
-        put(a, l)
-        put(a, l, transposed=True)
+        put(a, l, both=True)
     for t in (primal.slope, *((primal.bend,) if net.curved else ()), primal.y):
         for l, values in enumerate(t, 1):  # noqa: E741
             put(values, l)

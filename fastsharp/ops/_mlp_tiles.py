@@ -15,6 +15,7 @@ from torch import Tensor
 
 _SHARED = 0.1  # of the variance of the patterns along their leading direction: below, halves are no more alike than the whole
 _POWER_STEPS = 3
+_LOOKED_AT = 128  # samples that a direction is found from
 
 
 class Tiles(NamedTuple):
@@ -23,6 +24,7 @@ class Tiles(NamedTuple):
     order: Tensor
     units: Tensor
     counts: Tensor
+    left_out: tuple[bool, ...]  # by layer: whether some unit is off in some tile
 
 
 def tiles(slopes: tuple[Tensor, ...], widths: tuple[int, ...], size: int, sparse: bool) -> Tiles:
@@ -36,13 +38,14 @@ def tiles(slopes: tuple[Tensor, ...], widths: tuple[int, ...], size: int, sparse
     for l, d in enumerate(widths):  # noqa: E741
         every = torch.arange(d).expand(E, count, d)
         if sparse and 0 < l < len(widths) - 1:
-            on = tiled(slopes[l - 1], order, size).ne(0).any(2)
+            on = tiled(slopes[l - 1], order, size).amax(2) > 0
             units.append(on.logical_not().to(torch.uint8).argsort(dim=-1, stable=True))
             counts.append(on.sum(-1))
         else:
             units.append(every)
             counts.append(torch.full((E, count), d))
-    return Tiles(order, torch.cat(units, -1), torch.stack(counts, -1))
+    left_out = tuple(bool((used < d).any()) for used, d in zip(counts, widths, strict=True))
+    return Tiles(order, torch.cat(units, -1), torch.stack(counts, -1), left_out)
 
 
 def tiled(t: Tensor, order: Tensor, size: int) -> Tensor:
@@ -64,17 +67,17 @@ def _alike(patterns: Tensor, size: int) -> Tensor:
         if stop - start < 2:
             continue
         here = order[:, start * size : stop * size]
-        X = patterns[members, here]
-        X -= X.mean(1, keepdim=True)
+        whole = patterns[members, here]
+        X = whole[:, :: max(1, here.shape[1] // _LOOKED_AT)]
+        X = X - X.mean(1, keepdim=True)
         squares = X.square().sum(-1)
         along = X[members, squares.argmax(1)[:, None]].mT  # (E, d, 1)
         for _ in range(_POWER_STEPS):
             along = X.mT @ (X @ along)
             along = along / along.norm(dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-        score = (X @ along)[..., 0]
-        if float(score.square().sum()) <= _SHARED * float(squares.sum()):
+        if float((X @ along).square().sum()) <= _SHARED * float(squares.sum()):
             continue
-        order[:, start * size : stop * size] = here.gather(1, score.argsort(dim=1, stable=True))
+        order[:, start * size : stop * size] = here.gather(1, (whole @ along)[..., 0].argsort(dim=1, stable=True))
         middle = (start + stop) // 2
         parts += [(start, middle), (middle, stop)]
     return order
