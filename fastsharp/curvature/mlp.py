@@ -205,10 +205,14 @@ def _data(trace: _Trace, dtype: torch.dtype, weights: torch.dtype) -> tuple[Tens
     if x.dtype != dtype or x.requires_grad:
         raise Unavailable(f"the input is {x.dtype}, the loss {dtype}")
     target, mean = given["target"], given.get("reduction", "mean") == "mean"
+    for name, t in (("input", x), ("target", target)):
+        if type(t) is not Tensor or t.layout != torch.strided or t.is_neg():
+            raise Unavailable(f"the {name} is a {type(t).__name__} whose memory the kernel cannot read")
     if trace.loss == "squared":
         return x.contiguous(), target.to(dtype).contiguous(), x.new_full((len(x),), 2.0 / target.numel() if mean else 2.0, dtype=weights)
     if target.dim() != 1:
         raise Unavailable(f"the target of cross-entropy has {target.dim()} dimensions")
+    target = target.long()  # torch takes eight bits as well
     valid = target != given.get("ignore_index", -100)
     weight = valid.to(weights)
     if given.get("weight") is not None:

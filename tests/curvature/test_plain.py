@@ -35,6 +35,7 @@ TAKEN: dict[str, tuple[Callable[[], nn.Module], Any, torch.Tensor]] = {
     "relu, default loss": (net, None, Y),
     "tanh": (lambda: net(nn.Tanh), nn.CrossEntropyLoss(), Y),
     "gelu": (lambda: net(nn.GELU), nn.MSELoss(), Z),
+    "labels of eight bits": (net, None, Y.to(torch.uint8)),
     "function": (net, F.mse_loss, Z),
     "one layer": (lambda: nn.Sequential(*list(net())[:2]).append(nn.Identity()), F.cross_entropy, Y),
     "as wide as may be": (lambda: net(width=WIDEST), None, Y),
