@@ -90,7 +90,9 @@ def mlp_workspace_size_f32(net: tuple[int, ...], rows: int, threads: int) -> int
 
 mlp_workspace_size_f64 = mlp_workspace_size_f32
 
-def mlp_product_f32(net: tuple[int, ...], gauss: bool, cache: int, theta: int, rows: tuple[int, ...], work: int, threads: int) -> None: ...
+def mlp_product_f32(
+    net: tuple[int, ...], gauss: bool, prepared: tuple[int, ...], rows: tuple[int | float, ...], work: int, threads: int
+) -> None: ...
 
 mlp_product_f64 = mlp_product_f32
 

@@ -178,7 +178,13 @@ def mlp_workspace_size_f32(net: tuple[int, ...], rows: int, device: int, stream:
 mlp_workspace_size_f64 = mlp_workspace_size_f32
 
 def mlp_product_f32(
-    net: tuple[int, ...], gauss: bool, cache: int, theta: int, rows: tuple[int, ...], work: int, device: int, stream: int
+    net: tuple[int, ...],
+    gauss: bool,
+    prepared: tuple[int, ...],
+    rows: tuple[int | float, ...],
+    work: int,
+    device: int,
+    stream: int,
 ) -> None: ...
 
 mlp_product_f64 = mlp_product_f32

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
 from fastsharp.curvature.autograd import GaussNewtonGraph, lacks_second_derivative
+from fastsharp.curvature.mlp import double_product
 from fastsharp.curvature.network_output import network_output
 from fastsharp.curvature.rop.linearise import Linearised
 from fastsharp.curvature.rop.tape import record
@@ -195,6 +196,10 @@ class DoubleGradient:
             linearised = Linearised(record(evaluate, leaves, modules=self._objective.model), rules=rules)
             linearised.product(self._layout.rows(v[None]), self._layout.rows(out), gauss=gauss)
         return out[0], linearised.names
+
+    def by_kernel(self, v: torch.Tensor) -> torch.Tensor:
+        """A v at the weights by the native kernel; Unavailable where it does not apply."""
+        return double_product(self._objective, self._key, self._single, v, self._operator.kind == "ggn")
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """g(theta), (n,)."""

@@ -3,8 +3,8 @@
 Note on numerical properties. Two exact algorithms differ by rounding alone: in float64 by 1e-15 of ||Av|| on healthy networks, by 1e-11
 where a loss near zero cancels (7e4 eps, see `fastsharp.preflight`). A wrong rule misses by a share of some layer's contribution. The
 gate of 1e-8 lies between. In the parameters' own dtype rounding moves pre-activations across kinks, and one unit of a ReLU that
-switches changes a product by its share, so that the gate there is wide; the native kernel and models that do not evaluate in float64
-are compared in it.
+switches changes a product by its share, so that the gate there is wide; models that do not evaluate in float64 are compared in it, and
+the native kernel in both, since its float32 is code of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from fastsharp.batches import count_of, head
 from fastsharp.curvature.autograd import graph_products, lacks_second_derivative
-from fastsharp.curvature.batch_products import Request
+from fastsharp.curvature.batch_products import Request, Unavailable
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.rop.tape import Unrecorded
 from fastsharp.difference import DoubleGradient, relative_error
@@ -24,6 +24,7 @@ from fastsharp.errors import DoubleBackwardError, EngineError
 DOUBLE_GATE = 1e-8  # of ||Av||
 OWN_GATE = 1e-2
 _SAMPLES = 32
+_TILED = 500  # for the native kernel, which reorders and cuts them
 
 
 def check_engine(operator: FiniteSum, index: int, batch: Any, double: DoubleGradient | None, generator: torch.Generator) -> dict[str, Any]:
@@ -47,19 +48,26 @@ def check_engine(operator: FiniteSum, index: int, batch: Any, double: DoubleGrad
 
 
 def _measured(operator: FiniteSum, index: int, batch: Any, double: DoubleGradient | None, v: torch.Tensor) -> float:
-    if operator.backend == "rop" and double is not None and not double.narrow:
+    error: float | None = None
+    if operator.backend in ("rop", "mlp") and double is not None and not double.narrow:
         double.limit(_SAMPLES)
+        names: list[tuple[str, str]] = []
         try:
-            got, names = double.by_engine(v)
-        except Unrecorded:
+            if operator.backend == "rop":
+                got, names = double.by_engine(v)
+            else:
+                got = double.by_kernel(v)
+        except (Unrecorded, Unavailable):
             pass  # the float64 copy takes another way through the model
         else:
             exact = double.exact(v)
             error = relative_error(got, exact)
             if not error <= DOUBLE_GATE:
-                raise EngineError(_message(operator, got - exact, error, DOUBLE_GATE, _fault(double, v, exact, names)))
-            return error
-    part = head(batch, 0, _SAMPLES) if count_of(batch) > _SAMPLES else None
+                raise EngineError(_message(operator, got - exact, error, DOUBLE_GATE, _fault(double, v, exact, names) if names else ""))
+            if operator.backend == "rop":
+                return error
+    samples = _TILED if operator.backend == "mlp" else _SAMPLES
+    part = head(batch, 0, samples) if count_of(batch) > samples else None
     part = batch if part is None else part
     request = Request(operator.objective, ("engine", index), part, operator.kind == "ggn")
     made, want = operator.minibatch_products(part, request.index), graph_products(request)
@@ -67,10 +75,10 @@ def _measured(operator: FiniteSum, index: int, batch: Any, double: DoubleGradien
     for products, row in ((made.products, pair[:1]), (want.products, pair[1:])):
         products.add_products(v.to(operator.dtype)[None], row, 1.0)
     got, exact = pair.double()
-    error = relative_error(got, exact)
-    if not error <= OWN_GATE:
-        raise EngineError(_message(operator, got - exact, error, OWN_GATE, ""))
-    return error
+    own = relative_error(got, exact)
+    if not own <= OWN_GATE:
+        raise EngineError(_message(operator, got - exact, own, OWN_GATE, ""))
+    return own if error is None else error
 
 
 def _fault(double: DoubleGradient, v: torch.Tensor, exact: torch.Tensor, names: list[tuple[str, str]]) -> str:

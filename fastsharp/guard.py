@@ -275,5 +275,38 @@ def marks(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[int, i
     return {name: (t.data_ptr(), version_of(t)) for name, t in tensors}
 
 
+class Watch:
+    """What `marks` and `Modes.flags` of a model depend on, as one flat list: equal lists mean equal marks, at a tenth of the cost.
+
+    Tensors and modules seen are held, so that their numbers stay their own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._held = [*model.parameters(), *model.buffers()]
+        self._state = self._present()
+
+    @staticmethod
+    def knows(model: nn.Module) -> bool:
+        """Whether parameters, buffers and modules are where nn.Module keeps them: scripted modules and own listings are not."""
+        own = ("named_parameters", "named_buffers", "named_modules", "_named_members")
+        plain = all(getattr(type(m), name) is getattr(nn.Module, name) for m in model.modules() for name in own)
+        return plain and not any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+
+    def unchanged(self) -> bool:
+        """Whether everything is as it was seen."""
+        return self._present() == self._state
+
+    def _present(self) -> list[Any]:
+        found: list[Any] = []
+        for m in self._modules:
+            own = m.__dict__
+            found.append(m.training)
+            found.extend(map(id, own["_modules"].values()))
+            for t in (*own["_parameters"].values(), *own["_buffers"].values()):
+                found += (None,) if t is None else (id(t), t.data_ptr(), version_of(t))
+        return found
+
+
 def _names(names: list[str]) -> str:
     return listing([repr(name) if name else "the model itself" for name in names])

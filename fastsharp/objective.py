@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import Batches, Budget
 from fastsharp.errors import ArgumentTypeError, DisconnectedLossError, InputError, ModelModeError, StaleOperatorError, listing
-from fastsharp.guard import Modes, marks, same_values, untouched
+from fastsharp.guard import Modes, Watch, marks, same_values, untouched
 from fastsharp.locate import non_finite_loss
 from fastsharp.losses import Loss, Value
 from fastsharp.params import Selection, Selector, again, select
@@ -152,14 +152,20 @@ class Objective:
             self.modes.clear()
         self.records += 1
         self._marks = self._present_marks()
+        self._quick = Watch(self.model) if Watch.knows(self.model) else None
         self._sums = self._present_sums()
 
     def check_marks(self) -> None:
         """StaleOperatorError if a parameter or buffer was replaced or written, or a mode switched, since; no device work."""
+        if self._quick is not None and self._quick.unchanged():
+            self.batches.check_unchanged()
+            return
         present = self._present_marks()
         if present != self._marks:
             changed = [name for name in self._marks if present.get(name) != self._marks[name]]
             raise stale(changed or [name for name in present if name not in self._marks])
+        if self._quick is not None:
+            self._quick = Watch(self.model)  # what differs is none of what decides
         self.batches.check_unchanged()
 
     def check_values(self) -> None:

@@ -107,7 +107,7 @@ class SymmetricOperator(ABC):
         if M.ndim not in (1, 2) or M.shape[0] != self.n:
             raise ShapeError(f"A @ M: M has shape {tuple(M.shape)}, expected ({self.n},) or ({self.n}, b). For rows use A.apply(V).")
         if M.ndim == 1:
-            return self.apply(M.contiguous()[None])[0]
+            return self.apply(M.contiguous().unsqueeze(0)).squeeze(0)
         return self.apply(M.T.contiguous()).T
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
@@ -316,6 +316,8 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _addresses(t: torch.Tensor) -> tuple[int, int]:
+    if t.is_contiguous():
+        return t.data_ptr(), t.data_ptr() + t.nbytes
     span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
     return t.data_ptr(), t.data_ptr() + span * t.element_size()
 

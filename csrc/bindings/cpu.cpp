@@ -75,8 +75,8 @@ template <class T> void mlp(pybind11::module_& m, const std::string& t) {
     m.def(("mlp_workspace_size_" + t).c_str(),
           [](f::NetOf net, i64 rows, int threads) { return k::mlp_workspace_size<T>(f::shape(net), rows, threads); });
     m.def(("mlp_product_" + t).c_str(),
-          [](f::NetOf net, bool gauss, Address cache, Address theta, f::MemberRows rows, Address work, int threads) {
-              check(k::mlp_product(f::product<T>(net, gauss, cache, theta, rows), at<T>(work), threads));
+          [](f::NetOf net, bool gauss, f::Prepared prepared, f::MemberRows rows, Address work, int threads) {
+              check(k::mlp_product(f::product<T>(net, gauss, prepared, rows), at<T>(work), threads));
           },
           Release());
 }

@@ -84,8 +84,8 @@ template <class T> void mlp(pybind11::module_& m, const std::string& t) {
     m.def(("mlp_workspace_size_" + t).c_str(),
           [](f::NetOf net, i64 rows, int, Address) { return k::mlp_workspace_size<T>(f::shape(net), rows, {}); });
     m.def(("mlp_product_" + t).c_str(),
-          [](f::NetOf net, bool gauss, Address cache, Address theta, f::MemberRows rows, Address work, int device, Address stream) {
-              check(k::mlp_product(f::product<T>(net, gauss, cache, theta, rows), at<T>(work), {}, device, at<void>(stream)));
+          [](f::NetOf net, bool gauss, f::Prepared prepared, f::MemberRows rows, Address work, int device, Address stream) {
+              check(k::mlp_product(f::product<T>(net, gauss, prepared, rows), at<T>(work), {}, device, at<void>(stream)));
           },
           Release());
 }

@@ -50,7 +50,8 @@ template <class T> FS_TARGET void loss_hessian(const Tile<T>& t, MlpLoss loss, T
     }
 }
 
-template <class T> FS_TARGET void row_sums(const T* y, i64 rows, i64 lanes, T* out, bool add) {
+// out[units[r]] += the sum of row r.
+template <class T> FS_TARGET void row_sums(const T* y, i64 rows, i64 lanes, const i64* units, T* out) {
     for (i64 r = 0; r < rows; ++r) {
         Vec<T> sums{};
         for (i64 i = 0; i < lanes; i += kWidth<T>)
@@ -58,46 +59,50 @@ template <class T> FS_TARGET void row_sums(const T* y, i64 rows, i64 lanes, T* o
         T total = 0;
         for (i64 k = 0; k < kWidth<T>; ++k)
             total += sums[k];
-        out[r] = add ? out[r] + total : total;
+        out[units[r]] += total;
     }
 }
 
-template <class T> FS_TARGET void product_of_tile(const MlpShape& s, bool gauss, const Tile<T>& t, const Buffers<T>& b, const T* W,
-                                                  const T* V, T* out, bool add) {
+// out += the product of one tile.
+template <class T>
+FS_TARGET void product_of_tile(const MlpShape& s, bool gauss, const Tile<T>& t, const Buffers<T>& b, const T* W, const T* V, T* out) {
     constexpr i64 S = kSamples<T>;
-    const Term<T> none{};
+    i64 samples[S];
+    for (i64 i = 0; i < S; ++i)
+        samples[i] = i;
     T *y = b.y, *next = b.other;
     for (i64 l = 1; l <= s.layers; ++l) {
-        const i64 in = s.widths[l - 1], width = s.widths[l], at = s.weights[l - 1];
+        const i64 in = s.widths[l - 1], used = t.used[l], at = s.weights[l - 1];
         const T* v = s.biases[l - 1] < 0 ? nullptr : V + s.biases[l - 1];
         T* z = l == s.layers ? y : s.curved ? b.z[l] : b.a[l];
-        gemm<T>({V + at, in, 1, t.a[l - 1], S, in}, l == 1 ? none : Term<T>{W + at, in, 1, b.a[l - 1], S, in}, v, z, S, width, t.lanes,
-                false);
+        const bool both = l > 1;
+        gemm<T>({V + at, t.a[l - 1], both ? W + at : nullptr, b.a[l - 1], t.units[l], in, t.units[l - 1], 1, t.used[l - 1], S}, v,
+                {z, nullptr, S, nullptr, false}, used, t.lanes);
         if (l == s.layers)
             break;
         if (s.curved)
-            __builtin_memcpy(b.a[l], z, static_cast<std::size_t>(width * S) * sizeof(T));
-        scaled<T>(t.f[l], nullptr, nullptr, b.a[l], width, t.lanes);
+            __builtin_memcpy(b.a[l], z, static_cast<std::size_t>(used * S) * sizeof(T));
+        scaled<T>(t.f[l], nullptr, nullptr, b.a[l], used, t.lanes);
         if (!gauss)
-            transpose(b.a[l], width, t.count, b.transposed[l], padded<T>(width));
+            transpose(b.a[l], used, t.count, b.transposed[l], padded<T>(s.widths[l]));
     }
     loss_hessian(t, s.loss, y, s.widths[s.layers]);
     for (i64 l = s.layers; l >= 1; --l) {
-        const i64 in = s.widths[l - 1], width = s.widths[l], at = s.weights[l - 1], ld = padded<T>(in);
+        const i64 in = s.widths[l - 1], used = t.used[l], from = t.used[l - 1], at = s.weights[l - 1];
         const bool both = l > 1 && !gauss;
-        gemm<T>({y, S, 1, t.transposed[l - 1], ld, t.count}, both ? Term<T>{t.y[l], S, 1, b.transposed[l - 1], ld, t.count} : none, nullptr,
-                out + at, in, width, in, add);
+        gemm<T>({y, t.transposed[l - 1], both ? t.y[l] : nullptr, b.transposed[l - 1], nullptr, S, samples, 1, t.count, padded<T>(in)},
+                nullptr, {out + at, t.units[l], in, from == in ? nullptr : t.units[l - 1], true}, used, from);
         if (s.biases[l - 1] >= 0)
-            row_sums(y, width, t.lanes, out + s.biases[l - 1], add);
+            row_sums(y, used, t.lanes, t.units[l], out + s.biases[l - 1]);
         if (l == 1)
             break;
-        gemm<T>({W + at, 1, in, y, S, width}, gauss ? none : Term<T>{V + at, 1, in, t.y[l], S, width}, nullptr, next, S, in, t.lanes,
-                false);
+        gemm<T>({W + at, y, gauss ? nullptr : V + at, t.y[l], t.units[l - 1], 1, t.units[l], in, used, S}, nullptr,
+                {next, nullptr, S, nullptr, false}, from, t.lanes);
         const bool curved = s.curved && !gauss;
-        scaled<T>(t.f[l - 1], curved ? t.c[l - 1] : nullptr, curved ? b.z[l - 1] : nullptr, next, in, t.lanes);
-        T* used = y;
+        scaled<T>(t.f[l - 1], curved ? t.c[l - 1] : nullptr, curved ? b.z[l - 1] : nullptr, next, from, t.lanes);
+        T* used_up = y;
         y = next;
-        next = used;
+        next = used_up;
     }
 }
 

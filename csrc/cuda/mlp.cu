@@ -221,14 +221,14 @@ template <class T> __global__ void __launch_bounds__(kBlock, 2) product_kernel(c
     }
 }
 
-// out (rows, n) <- the sum of partial (rows, slabs, n) over slabs, in order.
-template <class T> __global__ void add_slabs(const T* partial, i64 slabs, i64 n, T* out, i64 out_row) {
+// out (rows, n) <- scale (the sum of partial (rows, slabs, n) over slabs, in order) / divisor. One slab may lie in `out` itself.
+template <class T> __global__ void add_slabs(const T* partial, i64 partial_row, i64 slabs, i64 n, T scale, T divisor, T* out, i64 out_row) {
     const i64 r = blockIdx.y;
     for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += static_cast<i64>(gridDim.x) * blockDim.x) {
-        T total = partial[r * slabs * n + i];
+        T total = partial[r * partial_row + i];
         for (i64 k = 1; k < slabs; ++k)
-            total += partial[(r * slabs + k) * n + i];
-        out[r * out_row + i] = total;
+            total += partial[r * partial_row + k * n + i];
+        out[r * out_row + i] = scale * total / divisor;
     }
 }
 
@@ -263,10 +263,10 @@ template <class T> Status mlp_product(const MlpProduct<T>& p, T* work, MlpLaunch
             rows.out_slab = q.n;
         }
         FS_LAUNCH(product_kernel<T>, q.slabs, count, config.block, 0, stream, q, p.gauss, rows);
-        if (q.slabs > 1) {
+        if (q.slabs > 1 || p.scale != T(1) || p.divisor != T(1)) {
             const i64 blocks = ceil_div(q.n, config.block);
-            FS_LAUNCH(add_slabs<T>, blocks < 1024 ? blocks : 1024, count, config.block, 0, stream, partial, q.slabs, q.n,
-                      p.out + r * p.out_row, p.out_row);
+            FS_LAUNCH(add_slabs<T>, blocks < 1024 ? blocks : 1024, count, config.block, 0, stream, rows.out, rows.out_row, q.slabs, q.n,
+                      p.scale, p.divisor, p.out + r * p.out_row, p.out_row);
         }
     }
     return status_of("mlp_product", cudaGetLastError());

@@ -152,9 +152,10 @@ template <class T> struct Nets {
     }
 };
 
-// Rows of V and of the result, `pad` elements further apart than they must be; the gaps must stay as they are.
-template <class T>
-std::vector<T> run(const Nets<T>& nets, const std::vector<i64>& member, const std::vector<T>& V, i64 pad, bool gauss, MlpLaunch config) {
+// `scale` times the rows of the product / 4, with V and the result `pad` elements further apart than they must be; the gaps must stay as
+// they are. Powers of two, so that no bit changes.
+template <class T> std::vector<T> run(const Nets<T>& nets, const std::vector<i64>& member, const std::vector<T>& V, i64 pad, bool gauss,
+                                      MlpLaunch config, T scale = 4) {
     const auto rows = static_cast<i64>(member.size());
     const i64 n = nets.n, row = n + pad;
     auto apart = test::poisoned_as<T>((rows - 1) * row + n), out = apart;
@@ -162,7 +163,9 @@ std::vector<T> run(const Nets<T>& nets, const std::vector<i64>& member, const st
         std::memcpy(apart.data() + r * row, V.data() + r * n, static_cast<std::size_t>(n) * sizeof(T));
     CHECK(static_cast<i64>(nets.cache.size()) == nets.E * ceil_div(nets.N, kSamples<T>) * cuda::mlp_tile_size<T>(nets.shape), "tile size");
     auto work = test::poisoned_as<T>(cuda::mlp_workspace_size<T>(nets.shape, rows, config));
-    const MlpProduct<T> p{nets.shape, gauss, nets.cache.data(), nets.flat.data(), rows, member.data(), apart.data(), row, out.data(), row};
+    const MlpProduct<T> p{
+        nets.shape, gauss, nets.cache.data(), nets.flat.data(), nullptr, nullptr, rows, member.data(), apart.data(), row, out.data(), row,
+        scale,      T(4)};
     CHECK(cuda::mlp_product(p, work.data(), config, 1, nullptr).ok(), "mlp_product");
     CHECK(shim::device == 0, "the caller's device was not restored");
     std::vector<T> tight;
@@ -201,6 +204,9 @@ template <class T> void check(std::vector<i64> widths, bool curved, MlpLoss loss
         }
         const auto apart = run(nets, member, V, 3, gauss, {64, 1}); // a launch for each row
         CHECK(std::memcmp(apart.data(), all.data(), all.size() * sizeof(T)) == 0, "rows apart, one a launch: other bits");
+        const auto half = run(nets, member, V, 3, gauss, {64}, T(2));
+        for (std::size_t i = 0; i < all.size(); ++i)
+            CHECK(2 * half[i] == all[i], "scale / divisor at %d", static_cast<int>(i));
     }
 }
 
@@ -210,7 +216,8 @@ void failures_name_the_kernel_and_the_error() {
     auto out = V;
     auto work = test::poisoned_as<float>(cuda::mlp_workspace_size<float>(nets.shape, 1, {32}));
     const i64 member = 0;
-    MlpProduct<float> p{nets.shape, false, nets.cache.data(), nets.flat.data(), 1, &member, V.data(), nets.n, out.data(), nets.n};
+    MlpProduct<float> p{nets.shape, false,  nets.cache.data(), nets.flat.data(), nullptr, nullptr, 1, &member,
+                        V.data(),   nets.n, out.data(),        nets.n,           1,       1};
     shim::next_error = 700;
     CHECK(message(cuda::mlp_product(p, work.data(), {32}, 0, nullptr)) == "mlp_product: emulated failure", "-");
     CHECK(message(cuda::mlp_product(p, work.data(), {32}, 7, nullptr)) == "mlp_product: invalid device ordinal", "-");

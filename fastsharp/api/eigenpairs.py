@@ -137,7 +137,8 @@ def lanczos(
     dropout    None refuses active Dropout; "eval"; "fixed-masks"
     operator   "hessian", or "ggn": the Gauss-Newton matrix J' H_L J, see `fastsharp.GGN`
     backend    "rop": a recorded tape linearised call by call; "autograd": torch's double backward; "mlp": a native kernel for plain
-               fully connected nets; "auto": "rop" where the model can be recorded, see `fastsharp.explain`
+               fully connected nets; "auto": "mlp" where torch's own modules alone make such a net, "rop" where the model can be recorded,
+               else "autograd", see `fastsharp.explain`
     precision  "auto": the parameters' dtype; "bf16", "tf32" (CUDA): cheap products for the Krylov run, exact ones for values and
                residuals, with as many residual steps as `tol` needs
     memory     bytes for the run: "auto" (half of what is free), "2GiB", a number. At most half for frozen data, at most half for the

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastsharp.api.subject import kind_of
 from fastsharp.batches import as_loader
-from fastsharp.curvature.backends import MAKERS, candidates
+from fastsharp.curvature.backends import MAKERS, against, candidates
 from fastsharp.curvature.batch_products import BatchProducts, Request, Unavailable
 from fastsharp.curvature.engine import TapeProducts
 from fastsharp.curvature.rop.linearise import Row
@@ -34,7 +34,7 @@ def explain(
     batch      one batch; of a loader the first one
     loss_fn, params, bn, dropout, operator   as in `fastsharp.lanczos`
 
-    Returns Explanation: `.backend`, `.refusals` {backend: reason}, `.calls` (ATen name, count, "rule" or "island", modules),
+    Returns Explanation: `.backend`, `.refusals` and `.declined` {backend: reason}, `.calls` (ATen name, count, "rule" or "island", modules),
     `.cuda_graph` (why products on a GPU are not replayed as CUDA graphs, "" where they are).
     Cost: one linearisation of the batch by each backend; no product is computed.
     Raises subclasses of FastsharpError where products cannot be had at all.
@@ -42,7 +42,8 @@ def explain(
     first = next(iter(as_loader(batch)), None)
     matrix = kind_of(operator)(model, [] if first is None else [first], loss_fn, params=params, bn=bn, dropout=dropout)
     request = Request(matrix.objective, 0, matrix.objective.batches.first(), operator == "ggn")
-    *auto, last = candidates("auto")
+    *auto, last = candidates("auto", matrix.objective)
+    declined: dict[str, str] = {}
     refusals: dict[str, str] = {}
     calls: tuple[Calls, ...] = ()
     found: dict[str, BatchProducts] = {}
@@ -50,16 +51,19 @@ def explain(
         for name in (name for name in MAKERS if name != last):
             try:
                 products = found[name] = MAKERS[name](request).products
-            except Unavailable as reason:
-                refusals[name] = str(reason)
+            except Unavailable as e:
+                refusals[name] = str(e)
                 continue
+            reason = against(name, matrix.objective)
+            if reason:
+                declined[name] = reason
             if isinstance(products, TapeProducts):
                 calls = _by_op(products.table())
         backend = next((name for name in auto if name not in refusals), last)
         if backend == last:  # it takes every model that has products at all
             found[last] = MAKERS[last](request).products
             found[last].check_twice_differentiable()
-    return Explanation(backend, refusals, calls, found[backend].uncapturable)
+    return Explanation(backend, refusals, calls, found[backend].uncapturable, declined)
 
 
 def _by_op(rows: list[Row]) -> tuple[Calls, ...]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastsharp.curvature.autograd import graph_products
 from fastsharp.curvature.batch_products import Maker
 from fastsharp.curvature.engine import tape_products
 from fastsharp.curvature.mlp import mlp_products
+from fastsharp.curvature.plain import declined
 from fastsharp.errors import InputError
+from fastsharp.objective import Objective
 
 MAKERS: dict[str, Maker] = {"rop": tape_products, "mlp": mlp_products, "autograd": graph_products}
-AUTO = ("rop", "autograd")  # in the order of "auto"; the last one takes every model
+AUTO = ("mlp", "rop", "autograd")  # in the order of "auto"; the last one takes every model
+SPECIAL: dict[str, Callable[[Objective], str | None]] = {"mlp": declined}  # a reason of "auto" against a backend, before it is tried
 BACKENDS = ("auto", *MAKERS)
 
 
@@ -20,6 +25,11 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def candidates(backend: str) -> list[str]:
-    """The backends that this choice may use, in order."""
-    return list(AUTO) if check_backend(backend) == "auto" else [backend]
+def candidates(backend: str, objective: Objective) -> list[str]:
+    """The backends that this choice may use for this objective, in order."""
+    return [name for name in AUTO if against(name, objective) is None] if backend == "auto" else [backend]
+
+
+def against(backend: str, objective: Objective) -> str | None:
+    """Why "auto" leaves a backend out that might compute the products, None where it does not."""
+    return SPECIAL[backend](objective) if backend in SPECIAL else None

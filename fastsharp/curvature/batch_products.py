@@ -33,6 +33,12 @@ class BatchProducts(ABC):
     def add_products(self, V: torch.Tensor, out: torch.Tensor, scale: float) -> None:
         """out += scale V A for rows V (b, n) and out (b, n)."""
 
+    def products(self, V: torch.Tensor, out: torch.Tensor, scale: float, divisor: float) -> None:
+        """out = scale V A / divisor, with the bits of `add_products` to zero and a division."""
+        self.add_products(V, out.zero_(), scale)
+        if divisor != 1.0:
+            out.div_(divisor)
+
     @abstractmethod
     def nbytes(self, ignore: set[int]) -> int:
         """Bytes held between products, storages at the addresses in `ignore` (weights, data) left out."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastsharp.batches import tensors_of
-from fastsharp.curvature.backends import MAKERS, candidates
+from fastsharp.curvature.backends import MAKERS, SPECIAL, against, candidates, check_backend
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
 from fastsharp.curvature.cuda_graph import recorder_of
 from fastsharp.curvature.kept import KeptSum, writable
@@ -62,14 +62,14 @@ class FiniteSum(SymmetricOperator):
         memory: str | int = "auto",
         seed: int = 0,
     ) -> None:
-        order = candidates(backend)
+        check_backend(backend)
         self.objective = Objective(
             model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed
         )
         super().__init__(self.objective.selection.layout.n, self.objective.dtype, self.objective.device)
         self.preflight: dict[str, Any] = {"level": "off"}
         self._options = {"bn": bn, "dropout": dropout, "memory": memory}
-        self._candidates = order  # backends to be used, the first of them at present
+        self._candidates = candidates(backend, self.objective)  # backends to be used, the first of them at present
         self._refusals: list[str] = []  # why an earlier candidate was left
         self._precision: str | None = None  # of cheap products; None: the parameters' dtype
         self._relatives: weakref.WeakSet[FiniteSum] = weakref.WeakSet()  # operators on this objective: they share its budget
@@ -104,7 +104,8 @@ class FiniteSum(SymmetricOperator):
             raise DeviceError(f"precision='tf32': the model is on {self.device}, TF32 units are on CUDA devices. Use precision='auto'.")
         twin = copy.copy(self)
         twin._precision = precision
-        twin._candidates = list(self._candidates)
+        # the native kernel has none in bfloat16
+        twin._candidates = [name for name in self._candidates if name not in SPECIAL or precision != "bf16"] or ["rop", "autograd"]
         twin._refusals = []
         twin._reset()
         return twin
@@ -212,6 +213,9 @@ class FiniteSum(SymmetricOperator):
         if self._precision and self.objective.modes.by_batch():
             with torch.no_grad():
                 self.objective.evaluate_unchecked(index, batch)  # frozen statistics are those of the exact activations
+        reason = against(self.backend, self.objective) if len(self._candidates) > 1 else None  # a hook may be new since
+        if reason:
+            raise Unavailable(reason)
         made = MAKERS[self.backend](Request(self.objective, index, batch, self.kind == "ggn", self._precision == "bf16"))
         if made.products.not_finite:  # a saturated unit hides an Inf in the data from the loss
             raise non_finite_gradient([self.objective.selection.names[i] for i in made.products.not_finite], index, batch)
@@ -224,7 +228,8 @@ class FiniteSum(SymmetricOperator):
             raise EngineError(
                 f"backend={self.backend!r} cannot compute this model's products: {refusal}.\nUse backend='auto' or 'autograd'."
             ) from refusal
-        self._refusals.append(str(refusal))
+        if self.backend not in SPECIAL:
+            self._refusals.append(str(refusal))
         self._candidates = self._candidates[1:]
         self._reset()
 

@@ -64,6 +64,10 @@ class KeptSum:
 
     def run(self, V: torch.Tensor, out: torch.Tensor) -> None:
         """out <- V A, call by call."""
+        if len(self._batches) == 1 and not (V.is_inference() or out.is_inference()):
+            ((products, scale),) = self._batches
+            products.products(V, out, scale, self._denominator)
+            return
         with writable(V, out) as (rows, total):
             for products, scale in self._batches:
                 products.add_products(rows, total, scale)

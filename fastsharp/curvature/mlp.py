@@ -149,30 +149,48 @@ def agree(value: float, loss: float) -> bool:
     return abs(value - loss) <= 1e-4 * max(abs(value), 1e-3)
 
 
-def recognised(objective: Objective, index: Any, batch: Any) -> Recognised:
-    """The plain net behind one evaluation of a batch, inside `objective.quiet()`; Unavailable with the reason where there is none."""
+def recognised(objective: Objective, index: Any, batch: Any, *, weights: torch.dtype | None = None) -> Recognised:
+    """The plain net behind one evaluation of a batch, inside `objective.quiet()`; Unavailable with the reason where there is none.
+
+    weights   the dtype of the samples' weights, the loss's where none is given
+    """
     if objective.device.type != "cpu" and not mlp.native(objective.device):
         raise Unavailable(f"there is no native kernel for the model's device, {objective.device}, in this installation")
     selection = objective.selection
-    return followed(objective.model, selection.params, selection.layout, lambda: objective.evaluate(index, batch))
+    return followed(objective.model, selection.params, selection.layout, lambda: objective.evaluate(index, batch), weights)
 
 
-def followed(model: nn.Module, params: tuple[Tensor, ...], layout: ParamLayout, evaluate: Callable[[], Value]) -> Recognised:
+def followed(
+    model: nn.Module,
+    params: tuple[Tensor, ...],
+    layout: ParamLayout,
+    evaluate: Callable[[], Value],
+    weights: torch.dtype | None = None,
+) -> Recognised:
     """The plain net behind what `evaluate` computes with the chosen parameters of a model; Unavailable where there is none."""
     trace = _Trace(tuple(model.parameters()))
     with trace:
         value = evaluate()
     net = _net(trace, params, layout.offsets)
     theta = torch.cat([p.detach().reshape(-1) for p in params])
-    x, target, weight = _data(trace, value.loss.dtype)
+    x, target, weight = _data(trace, value.loss.dtype, weights or value.loss.dtype)
     options = {name: value for name, value in trace.options.items() if name not in ("input", "target")}
     return Recognised(net, theta, x, target, weight, options, float(value.loss.detach()), value.scale, value.count)
+
+
+def double_product(objective: Objective, index: Any, batch: Any, v: Tensor, gauss: bool) -> Tensor:
+    """The kernel's A v (n,) of the loss of one batch in float64, at the weights and data as they are; Unavailable as above."""
+    found = recognised(objective, index, batch, weights=torch.float64)
+    target = found.target.double() if found.target.is_floating_point() else found.target
+    parts = (found.theta.double(), found.x.double(), target, found.weight)
+    prepared = mlp.prepare(found.net, *(part[None] for part in parts))
+    return prepared.product(v[None], out=v.new_empty(1, len(v)), gauss=gauss)[0]
 
 
 def mlp_products(request: Request) -> Made:
     """Products of one batch of a plain fully connected net; Unavailable with the reason elsewhere."""
     if request.bf16:
-        raise Unavailable("bfloat16 products are autograd's")
+        raise Unavailable("the native kernel has no bfloat16 products")
     objective = request.objective
     found = recognised(objective, request.index, request.batch)
     prepared = mlp.prepare(found.net, found.theta[None], found.x[None], found.target[None], found.weight[None])
@@ -202,18 +220,23 @@ def _net(trace: _Trace, params: tuple[Tensor, ...], offsets: tuple[int, ...]) ->
     return mlp.Net(widths, weights, biases, kinds.pop() if kinds else "identity", trace.loss, offsets[-1])
 
 
-def _data(trace: _Trace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _data(trace: _Trace, dtype: torch.dtype, weights: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, targets and the weight of each sample in the loss."""
     x, given = trace.x, trace.options
     assert x is not None
     if x.dtype != dtype or x.requires_grad:
         raise Unavailable(f"the input is {x.dtype}, the loss {dtype}")
     target = given["target"]
+    for name, t in (("input", x), ("target", target)):
+        if type(t) is not Tensor or t.layout != torch.strided or t.is_neg():
+            raise Unavailable(f"the {name} is a {type(t).__name__} whose memory the kernel cannot read")
     if trace.loss == "squared":
         target = target.to(dtype)
     elif target.dim() != 1:
         raise Unavailable(f"the target of cross-entropy has {target.dim()} dimensions")
-    return x.contiguous(), target.contiguous(), sample_weights(trace.loss, given, target, dtype)
+    else:
+        target = target.long()  # torch takes eight bits as well
+    return x.contiguous(), target.contiguous(), sample_weights(trace.loss, given, target, weights)
 
 
 def sample_weights(loss: str | None, options: dict[str, Any], target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -242,8 +265,13 @@ class _MlpProducts(BatchProducts):
 
     def add_products(self, V: Tensor, out: Tensor, scale: float) -> None:
         if self._out is None or self._out.shape != V.shape:
-            self._out = torch.empty_like(V)
-        out.add_(self._prepared.product(V, out=self._out, gauss=self._gauss), alpha=scale)
+            self._out = V.new_empty(V.shape)
+        self.products(V, self._out, scale, 1.0)
+        out.add_(self._out)
+
+    def products(self, V: Tensor, out: Tensor, scale: float, divisor: float) -> None:
+        V = V if V.stride(0) >= V.shape[1] else V.contiguous()  # expanded rows overlap
+        self._prepared.product(V, out=out, gauss=self._gauss, scale=scale, divisor=divisor)
 
     def nbytes(self, ignore: set[int]) -> int:
         primal = self._prepared.primal

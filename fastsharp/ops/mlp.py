@@ -7,7 +7,7 @@ of one architecture by batched matrix products; `Prepared.product` then costs si
 those that the first layer does not need, in one native call. Its formulas stand in csrc/include/fastsharp/mlp.hpp.
 
 Note on numerical properties. The primal is torch's own in the dtype of the weights. A product sums over widths and over tiles of 32 or
-64 samples in registers, then tile by tile: at most the error of torch's double backward. At kinks of ReLU phi' is 0, as in autograd.
+64 samples in registers, then tile by tile, leaving out terms that are exactly zero (`fastsharp.ops._mlp_tiles`): at most the error of torch's double backward. At kinks of ReLU phi' is 0, as in autograd.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def native(device: torch.device) -> bool:
     return _registry.choose(device).name == device.type
 
 
-Product = Callable[[Tensor, Tensor, Tensor, bool], None]  # V (r, n), member (r,), out (r, n), gauss: all checked
+Product = Callable[[Tensor, Tensor, Tensor, bool, float, float], None]  # V (r, n), member (r,), out (r, n), gauss, scale, divisor: checked
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,17 @@ class Prepared:
     _product: Product
     nbytes: int
 
-    def product(self, V: Tensor, *, out: Tensor, member: Tensor | None = None, gauss: bool = False) -> Tensor:
-        """Row r of out = the Hessian (or, with `gauss`, the Gauss-Newton matrix) of net member[r] times row r of V.
+    def product(
+        self,
+        V: Tensor,
+        *,
+        out: Tensor,
+        member: Tensor | None = None,
+        gauss: bool = False,
+        scale: float = 1.0,
+        divisor: float = 1.0,
+    ) -> Tensor:
+        """Row r of out = the Hessian (or, with `gauss`, the Gauss-Newton matrix) of net member[r] times row r of V, times scale / divisor.
 
         V, out  (r, n) in the dtype and on the device of the weights; rows contiguous, out outside of V; written and returned
         member  (r,) int64 on the host; None: row r belongs to net r, or all rows to the only net
@@ -124,17 +134,24 @@ class Prepared:
         if member is None:
             if E not in (1, rows):
                 raise ShapeError(f"mlp_product: V has {rows} rows for {E} nets. Pass member=, the number of the net of each row.")
-            member = torch.arange(rows) if rows == E else torch.zeros(rows, dtype=torch.int64)
-        _border.check("mlp_product", "member", member, 1, (torch.int64,), torch.device("cpu"))
-        _border.check_length("mlp_product", "member", member, rows, "as V has rows")
+            member = _own(rows, E)
+        else:
+            _border.check("mlp_product", "member", member, 1, (torch.int64,), torch.device("cpu"))
+            _border.check_length("mlp_product", "member", member, rows, "as V has rows")
+            if rows and (int(member.min()) < 0 or int(member.max()) >= E):
+                raise InputError(f"mlp_product: member holds {int(member.min())} to {int(member.max())}, expected 0 to {E - 1}.")
         if rows == 0:
             return out
-        if int(member.min()) < 0 or int(member.max()) >= E:
-            raise InputError(f"mlp_product: member holds {int(member.min())} to {int(member.max())}, expected 0 to {E - 1}.")
         _border.check_apart("mlp_product", "out", _border.span(out), V=_border.span(V), theta=_border.span(theta))
-        self._product(V, member, out, gauss)
+        self._product(V, member, out, gauss, scale, divisor)
         _border.wrote(out)
         return out
+
+
+@lru_cache(maxsize=16)
+def _own(rows: int, E: int) -> Tensor:
+    """The nets of the rows where none are named: row r of net r, or all of the only net."""
+    return torch.arange(rows) if rows == E else torch.zeros(rows, dtype=torch.int64)
 
 
 def prepare(net: Net, theta: Tensor, x: Tensor, target: Tensor, weight: Tensor) -> Prepared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastsharp.errors import listing
 
@@ -28,6 +28,7 @@ class Explanation:
     refusals: Mapping[str, str]  # backends that cannot compute the products, with their reasons
     calls: tuple[Calls, ...]  # of the recorder, most frequent first; empty where it cannot record the model
     cuda_graph: str  # why products of that backend on a GPU are not replayed as CUDA graphs; "" where kept batches are
+    declined: Mapping[str, str] = field(default_factory=dict)  # backends that can, but that "auto" leaves to `backend=`, with its reasons
 
     @property
     def islands(self) -> tuple[str, ...]:
@@ -35,8 +36,10 @@ class Explanation:
         return tuple(c.op for c in self.calls if c.by == "island")
 
     def __str__(self) -> str:
-        lines = [f"backend='auto' takes {self.backend!r}"]
+        why = ": a plain fully connected net, a product is one native call" if self.backend == "mlp" else ""
+        lines = [f"backend='auto' takes {self.backend!r}{why}"]
         lines += [f"{name!r} is not available: {reason}" for name, reason in self.refusals.items()]
+        lines += [f"{name!r} would do, but 'auto' leaves it: {reason}" for name, reason in self.declined.items()]
         if self.cuda_graph:
             lines.append(f"on a GPU its products are launched call by call, not as a CUDA graph: {self.cuda_graph}")
         if self.calls:

@@ -10,15 +10,19 @@
 // Sample weights w are part of y and of the loss Hessian. Row r of V and out belongs to the net number `member[r]` of E nets, each with
 // its own weights and data; b vectors of one net are b rows of the same number.
 //
+// A unit of ReLU that is off for all samples of a tile has a_l = phi' = y_l = 0 there: it drops out of every sum of that tile, exactly.
+// So a tile names the units that take part, `counts[l]` of them in layer l, and its arrays hold those alone, in the order of `units`.
+// Which samples share a tile is the caller's choice; where samples with like patterns do, two thirds of the work may go.
+//
 // Cache of one net, tile after tile of kSamples<T> samples (the last one filled up with zeros), each tile in this order:
-//   a_l (d_l, kSamples), then its transpose (kSamples, padded<T>(d_l)), for l = 0..L-1
+//   a_l (d_l, kSamples), then its transpose (kSamples, padded<T>(d_l)), for l = 0..L-1; zero behind the units that take part
 //   phi'(z_l) (d_l, kSamples), l = 1..L-1
 //   c_l (d_l, kSamples), l = 1..L-1, where `curved`
 //   y_l (d_l, kSamples), l = 1..L
 //   p (d_L, kSamples) for cross-entropy
 //   w (kSamples)
 // Products with samples along the lanes of registers need neither weights nor their tangents transposed. On a GPU the transposes of a_l
-// are left out: a tile passes through shared memory, which turns it.
+// are left out, since a tile passes through shared memory, which turns it; every unit takes part there, `units` and `counts` are not read.
 #pragma once
 #include "fastsharp/status.hpp"
 #include "fastsharp/types.hpp"
@@ -49,14 +53,17 @@ struct MlpShape {
 template <class T> struct MlpProduct {
     MlpShape shape;
     bool gauss;
-    const T* cache; // (E, tiles, tile size), 64-byte aligned
-    const T* theta; // (E, n)
+    const T* cache;    // (E, tiles, tile size), 64-byte aligned
+    const T* theta;    // (E, n)
+    const i64* units;  // (E, tiles, d_0 + .. + d_L): those that take part, layer by layer, each layer padded to its width
+    const i64* counts; // (E, tiles, L + 1)
     i64 rows;
     const i64* member; // (rows)
     const T* V;        // (rows, n)
     i64 V_row;
     T* out; // (rows, n)
     i64 out_row;
+    T scale, divisor; // out = scale (the product) / divisor
 };
 
 namespace cpu {
@@ -64,7 +71,8 @@ namespace cpu {
 template <class T> i64 mlp_tile_size(const MlpShape& shape);
 template <class T> i64 mlp_workspace_size(const MlpShape& shape, i64 rows, int threads);
 
-// The bits depend neither on the thread count nor on the other rows. No allocation: `work` has mlp_workspace_size elements.
+// A row of V with NaN or Inf gives a row of NaN. The bits depend neither on the thread count nor on the other rows. No allocation: `work`
+// has mlp_workspace_size elements.
 template <class T> Status mlp_product(const MlpProduct<T>& p, T* work, int threads);
 
 } // namespace cpu

@@ -15,7 +15,7 @@ def mlp(primal: Primal) -> tuple[Product, int]:
     """Products of what `primal` holds, in float64."""
     net, L, dtype = primal.net, primal.net.layers, torch.float64
 
-    def product(V: Tensor, member: Tensor, out: Tensor, gauss: bool) -> None:
+    def product(V: Tensor, member: Tensor, out: Tensor, gauss: bool, scale: float, divisor: float) -> None:
         rows = member.to(V.device)
 
         def of_rows(t: Tensor) -> Tensor:
@@ -50,6 +50,6 @@ def mlp(primal: Primal) -> tuple[Product, int]:
                 y = of_rows(primal.slope[l - 2]) * back
                 if primal.bend and not gauss:
                     y = y + of_rows(primal.bend[l - 2]) * zs[l - 2]
-        out.copy_(result)
+        out.copy_(result.mul_(scale).div_(divisor))
 
     return product, 0
