@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from fastsharp.curvature.batch_products import Unavailable
+from fastsharp.curvature.plain import own_ways
 
-_LAYERS = frozenset((nn.Sequential, nn.Linear, nn.ReLU, nn.Tanh, nn.GELU, nn.Identity, nn.Flatten, nn.Dropout))
-_LOSS_MODULES = (nn.CrossEntropyLoss, nn.MSELoss)
 _OF_ALL = frozenset(vars(nn.Module()))  # attributes of every module
-_HOOKS = tuple(name for name in _OF_ALL if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "_dict_" not in name)
-_GLOBAL_HOOKS = tuple(name for name in vars(torch_module) if name.startswith(("_global_forward", "_global_backward")))
 _PLAIN = (int, float, str, bool, type(None))
 
 Held = tuple[dict[str, Any], str, nn.Parameter]  # where a model keeps a parameter: holder[name] is the parameter
@@ -37,15 +32,6 @@ def alike(model: nn.Module, other: nn.Module) -> tuple[list[Held], bool]:
     return held, known
 
 
-def known_loss(loss_fn: Any) -> bool:
-    """Whether the loss is torch's cross-entropy or squared error itself, and no hook is registered for all modules."""
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
-        return False
-    if isinstance(loss_fn, nn.Module):
-        return type(loss_fn) in _LOSS_MODULES and not _hooked(vars(loss_fn))
-    return loss_fn is None or loss_fn is F.cross_entropy or loss_fn is F.mse_loss
-
-
 def _compare(model: nn.Module, other: nn.Module, path: str, held: list[Held]) -> bool:
     mine, theirs = vars(model), vars(other)
     kind = type(model)
@@ -57,7 +43,7 @@ def _compare(model: nn.Module, other: nn.Module, path: str, held: list[Held]) ->
         )
     if theirs["_buffers"] or mine["_buffers"]:
         raise Unavailable(f"{path or 'the model'} has buffers")
-    known = kind in _LAYERS and not _hooked(theirs) and mine.keys() == theirs.keys() and all(_same(mine, theirs, name) for name in theirs)
+    known = own_ways(other) is None and mine.keys() == theirs.keys() and all(_same(mine, theirs, name) for name in theirs)
     if mine["_parameters"].keys() != theirs["_parameters"].keys() or mine["_modules"].keys() != theirs["_modules"].keys():
         raise Unavailable(f"{path or 'the model'} has other parameters or modules than in member 0")
     for name, p in theirs["_parameters"].items():
@@ -68,7 +54,6 @@ def _compare(model: nn.Module, other: nn.Module, path: str, held: list[Held]) ->
             continue
         if p.shape != first.shape or p.dtype != first.dtype or p.device != first.device or p.requires_grad != first.requires_grad:
             raise Unavailable(f"{path}{name} is another kind of tensor than in member 0")
-        known = known and type(p) is nn.Parameter and not p._backward_hooks
         held.append((theirs["_parameters"], name, p))
     for name, child in theirs["_modules"].items():
         first = mine["_modules"][name]
@@ -80,7 +65,3 @@ def _compare(model: nn.Module, other: nn.Module, path: str, held: list[Held]) ->
 
 def _same(mine: dict[str, Any], theirs: dict[str, Any], name: str) -> bool:
     return name in _OF_ALL or (isinstance(theirs[name], _PLAIN) and theirs[name] == mine[name])
-
-
-def _hooked(state: dict[str, Any]) -> bool:
-    return any(state[name] for name in _HOOKS)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastsharp.batches import Batches
-from fastsharp.curvature.alike import Held, alike, known_loss
+from fastsharp.curvature.alike import Held, alike
 from fastsharp.curvature.batch_products import Unavailable
 from fastsharp.curvature.mlp import Recognised, followed, recognised, sample_weights
+from fastsharp.curvature.plain import own_ways_of_loss
 from fastsharp.errors import of_member
 from fastsharp.guard import Modes
 from fastsharp.losses import Value
@@ -51,7 +52,7 @@ def stacked(first: Objective, models: Sequence[nn.Module], batches: Sequence[Bat
     data = [b.single() for b in batches]
     if any(batch is None for batch in data):
         raise Unavailable("the data of a member are several batches, or exceed the memory budget")
-    held, known = [], known_loss(first.loss.loss_fn)
+    held, known = [], own_ways_of_loss(first.loss.loss_fn) is None
     for e, model in enumerate(models):
         try:
             found, same = alike(models[0], model)
