@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,15 @@ from fastsharp.curvature.rop.rule import Call, Part, Tangents, rule
 from fastsharp.curvature.rop.rules.views import dim_of, window_of
 
 aten = torch.ops.aten
+
+
+def _paste(values: Tangents, places: Sequence[torch.Tensor]) -> None:
+    """Each value into its place, None as zero."""
+    for t, place in zip(values, places, strict=True):
+        if t is None:
+            place.zero_()
+        else:
+            place.copy_(t)
 
 
 class Split(Part):
@@ -32,11 +41,7 @@ class Split(Part):
         if some is None:
             return [None]
         x_gt = self.layout.empty(some)
-        for g, place in zip(y_gt, self.cut(x_gt), strict=True):
-            if g is None:
-                place.zero_()
-            else:
-                place.copy_(g)
+        _paste(y_gt, self.cut(x_gt))
         return [x_gt]
 
 
@@ -72,11 +77,7 @@ class Join(Part):
     def tangent(self, x_t: Tangents) -> tuple[list[torch.Tensor | None], Any]:
         some = next(t for t in x_t if t is not None)
         y_t = self.layout.empty(some)
-        for t, place in zip(x_t, self.cut(y_t), strict=True):
-            if t is None:
-                place.zero_()
-            else:
-                place.copy_(t)
+        _paste(x_t, self.cut(y_t))
         return [y_t], None
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[torch.Tensor | None]:
@@ -119,10 +120,7 @@ class Scattered(Part):
         assert some is not None
         y_t = self.layout.zeros(some) if x is None else self.layout.empty(some).copy_(x)
         place = self.window(y_t)
-        if src is None:
-            place.zero_()
-        else:
-            place.copy_(lift(src, place.dim() - 1))
+        _paste([None if src is None else lift(src, place.dim() - 1)], [place])
         return [y_t], None
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[torch.Tensor | None]:
