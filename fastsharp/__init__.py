@@ -11,6 +11,7 @@ from fastsharp.api import explain as explain
 from fastsharp.api import frobenius as frobenius
 from fastsharp.api import lanczos as lanczos
 from fastsharp.api import logdet as logdet
+from fastsharp.api import sharpness as sharpness
 from fastsharp.api import spectrum as spectrum
 from fastsharp.api import trace as trace
 from fastsharp.api import trace_function as trace_function
@@ -26,5 +27,6 @@ from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
+from fastsharp.results import Sharpness as Sharpness
 from fastsharp.results import Spectrum as Spectrum
 from fastsharp.training import Tracker as Tracker

@@ -291,6 +291,18 @@ def _options(fn: Any) -> tuple[int, torch.Tensor | None]:
     return int(getattr(fn, "ignore_index", -100)), getattr(fn, "weight", None)
 
 
+def cross_entropy_options(fn: Any) -> dict[str, Any] | None:
+    """The keywords of torch's cross-entropy that fn is (None: the default one); None where it is another loss."""
+    names = ("weight", "ignore_index", "reduction", "label_smoothing")
+    if fn is None or fn is F.cross_entropy:
+        return {}
+    if isinstance(fn, nn.CrossEntropyLoss):
+        return {name: getattr(fn, name) for name in names}
+    if isinstance(fn, functools.partial) and fn.func is F.cross_entropy and not fn.args and set(fn.keywords) <= set(names):
+        return dict(fn.keywords)
+    return None
+
+
 def _is_classification(fn: Any) -> bool:
     base = fn.func if isinstance(fn, functools.partial) else fn
     return isinstance(base, _CLASSIFICATION) or base in _CLASSIFICATION_FN

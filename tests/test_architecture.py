@@ -28,9 +28,11 @@ ALLOWED = {
     "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
     "results": {"errors", "plots", "params"},
     "krylov": {"errors", "operator", "ops", "rng", "results"},
-    "difference": BELOW_OBJECTIVE | {"objective", "curvature"},
+    "difference": BELOW_OBJECTIVE | {"objective", "curvature", "swap"},
     "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
     "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference", "engine_check"},
+    "swap": set(),
+    "measures": BELOW_OBJECTIVE | {"objective", "operator", "krylov", "results", "rng", "swap"},
     "data": {"errors"},
     "models": {"errors"},
 }

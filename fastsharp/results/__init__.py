@@ -7,4 +7,5 @@ from fastsharp.results.eigenpairs import Eigenpairs as Eigenpairs
 from fastsharp.results.estimate import Estimate as Estimate
 from fastsharp.results.explanation import Calls as Calls
 from fastsharp.results.explanation import Explanation as Explanation
+from fastsharp.results.sharpness import Sharpness as Sharpness
 from fastsharp.results.spectrum import Spectrum as Spectrum
