@@ -5,10 +5,15 @@ from fastsharp import errors as errors
 from fastsharp import models as models
 from fastsharp._environment import __version__ as __version__
 from fastsharp._environment import info as info
+from fastsharp.api import batch_sharpness as batch_sharpness
 from fastsharp.api import bracket as bracket
+from fastsharp.api import critical_sharpness as critical_sharpness
 from fastsharp.api import density as density
+from fastsharp.api import directional_sharpness as directional_sharpness
+from fastsharp.api import edge_of_stability as edge_of_stability
 from fastsharp.api import explain as explain
 from fastsharp.api import frobenius as frobenius
+from fastsharp.api import gradient_overlap as gradient_overlap
 from fastsharp.api import lanczos as lanczos
 from fastsharp.api import logdet as logdet
 from fastsharp.api import sharpness as sharpness

@@ -12,6 +12,11 @@ from torch import nn
 import fastsharp
 
 CALLS = {
+    "batch_sharpness",
+    "critical_sharpness",
+    "directional_sharpness",
+    "edge_of_stability",
+    "gradient_overlap",
     "batch_loss",
     "bracket",
     "density",

@@ -10,3 +10,8 @@ from fastsharp.api.trace import frobenius as frobenius
 from fastsharp.api.trace import logdet as logdet
 from fastsharp.api.trace import trace as trace
 from fastsharp.api.trace import trace_function as trace_function
+from fastsharp.api.trajectory import batch_sharpness as batch_sharpness
+from fastsharp.api.trajectory import critical_sharpness as critical_sharpness
+from fastsharp.api.trajectory import directional_sharpness as directional_sharpness
+from fastsharp.api.trajectory import edge_of_stability as edge_of_stability
+from fastsharp.api.trajectory import gradient_overlap as gradient_overlap
