@@ -28,7 +28,7 @@ from fastsharp.locate import non_finite_loss
 from fastsharp.losses import CrossEntropy, Value, cross_entropy_of, split
 from fastsharp.measures.classes import Units, output_tensor, units_of
 from fastsharp.measures.statistic import SampleEstimate
-from fastsharp.measures.tangents import Tangent, TangentPass
+from fastsharp.measures.tangents import Tangent, TangentPass, unpacked
 from fastsharp.objective import Objective
 
 OnBatch = Callable[[int, int], None]
@@ -277,4 +277,4 @@ def _recorded(model: nn.Module, layers: frozenset[str]) -> Iterator[dict[str, li
 
 def _primal(t: torch.Tensor) -> torch.Tensor:
     """t without its graph and without its tangent."""
-    return torch.autograd.forward_ad.unpack_dual(t).primal.detach()
+    return unpacked(t).primal.detach()

@@ -96,7 +96,8 @@ def petzka_factor(model: nn.Module) -> int:
 
 def _transposed_linear(m: nn.Module) -> bool:
     """transformers' Conv1D, a linear layer by another name."""
-    return type(m).__name__ == "Conv1D" and isinstance(getattr(m, "weight", None), torch.Tensor) and m.weight.ndim == 2
+    weight = getattr(m, "weight", None)
+    return type(m).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.ndim == 2
 
 
 def inhomogeneous(model: nn.Module) -> list[str]:

@@ -64,7 +64,7 @@ class BoundaryTightness:
 
     def update(self, facts: BatchFacts) -> None:
         units = facts.units
-        if units.owners.unique().numel() != units.owners.numel():
+        if bool((units.owners.bincount() > 1).any()):
             raise InputError(f"{facts.what}: an example has several labels, as tokens have. It needs one label an example.")
         margins = Margin.of(units)
         norms = squared_norms(margins.sum(), facts).sqrt()[units.owners]

@@ -67,4 +67,5 @@ class LogitScale(_OfUnits):
 
     @staticmethod
     def of(units: Units) -> torch.Tensor:
-        return (units.logits - units.logits.mean(1, keepdim=True)).norm(dim=1)
+        centred: torch.Tensor = units.logits - units.logits.mean(1, keepdim=True)
+        return torch.linalg.vector_norm(centred, dim=1)

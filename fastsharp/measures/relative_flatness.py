@@ -95,7 +95,7 @@ class HeadFlatness:
             stderr=0.0,
             interval=(total - bound, total + bound),
             confidence=1.0,
-            samples=int(self._samples.owners.unique().numel()),
+            samples=self._samples.examples,
             n_matvec=products,
             converged=True,
             notes=("the interval bounds the error of the eigenvalues; how the value varies with the samples is not known",),
@@ -124,7 +124,7 @@ def variances(W: torch.Tensor, logits: torch.Tensor, sigma: torch.Tensor | None)
     p = logits.softmax(1)
     best = p.argmax(1)
     tail = p.scatter(1, best[:, None], 0.0)
-    norms, G = rows.square().sum(1), rows @ rows.T
+    norms = rows.square().sum(1)
     mass, star = tail.sum(1), norms[best]
     mean = tail @ rows
     across = (mean * rows[best]).sum(1)

@@ -53,7 +53,9 @@ class InputMoments:
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self._convolution = isinstance(layer, _CONVOLUTIONS)
-        self._dims = layer.weight.ndim - 1 if self._convolution else 1  # type: ignore[operator, union-attr]
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        self._dims = weight.ndim - 1  # of one input, channels first, where it is a convolution
         self._name = name
         self.layers = frozenset({name})
         self._moments = Moments()

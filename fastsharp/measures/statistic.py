@@ -65,6 +65,11 @@ class Samples:
         """(units,) int64."""
         return torch.cat(self._owners)
 
+    @property
+    def examples(self) -> int:
+        """Examples with a unit."""
+        return examples_of(self.owners)
+
     def mean(self, confidence: float, *, of: torch.Tensor | None = None, shown: torch.Tensor | None = None) -> SampleEstimate:
         """sum w s / sum w; `of` replaces the values s, `shown` what `per_sample` holds."""
         values = self.values if of is None else of
@@ -97,12 +102,16 @@ def ratio(values: torch.Tensor, weights: torch.Tensor, owners: torch.Tensor) -> 
             "no sample has a label that counts: every label is ignored, or has weight 0. Check ignore_index and the class weights."
         )
     value = float((weights * values).sum()) / total
-    distinct, where = owners.unique(return_inverse=True)
-    n = distinct.numel()
+    errors = torch.zeros(int(owners.max()) + 1, dtype=torch.float64).index_add_(0, owners, weights * (values - value))
+    n = examples_of(owners)
     if n == 1:
         return value, math.inf, n
-    errors = torch.zeros(n, dtype=torch.float64).index_add_(0, where, weights * (values - value))
     return value, math.sqrt(n / (n - 1) * float(errors.square().sum())) / total, n
+
+
+def examples_of(owners: torch.Tensor) -> int:
+    """How many examples own a unit."""
+    return int((owners.bincount() > 0).sum())
 
 
 def quantile(confidence: float, examples: int) -> float:

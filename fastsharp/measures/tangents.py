@@ -60,15 +60,13 @@ class TangentPass:
 
     def _forward(self, index: int, batch: Any, slope: bool, what: str) -> Tangent:
         params = self._objective.selection.params
-        with warnings.catch_warnings(), forward_ad.dual_level(), torch.set_grad_enabled(slope):
+        with warnings.catch_warnings(), forward_ad.dual_level(), torch.no_grad():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about torch.jit, on the first forward derivative
-            leaves = [p.detach().requires_grad_(slope) for p in params]
-            duals = [forward_ad.make_dual(p, t) for p, t in zip(leaves, self._direction, strict=True)]
+            duals = [forward_ad.make_dual(p.detach(), t) for p, t in zip(params, self._direction, strict=True)]  # type: ignore[no-untyped-call]
             with _swapped(self._objective.model, params, duals):
                 value = self._objective.evaluate_unchecked(index, batch)
             output = output_tensor(value, what)
-            gradient = forward_ad.unpack_dual(_slope(value.loss, output)).primal.detach() if slope else None
-            loss, out = forward_ad.unpack_dual(value.loss), forward_ad.unpack_dual(output)
+            loss, out = unpacked(value.loss), unpacked(output)
             along = torch.zeros_like(out.primal) if out.tangent is None else out.tangent.detach().clone()
             total = 0.0 if loss.tangent is None else float(loss.tangent.detach())
             plain = isinstance(value.output, torch.Tensor)
@@ -76,6 +74,10 @@ class TangentPass:
                 out.primal.detach() if plain else {"logits": out.primal.detach(), "loss": loss.primal if own_loss(value.output) else None}
             )
             bare = replace(value, loss=loss.primal.detach(), output=bare_output)
+        gradient = None
+        if slope:  # by an evaluation of its own: torch's reverse pass through duals fails for some losses
+            again = self._objective.evaluate(index, batch)
+            gradient = _slope(again.loss, output_tensor(again, what))
         return Tangent(bare, along, total, gradient)
 
     def _backward(self, index: int, batch: Any, slope: bool, what: str) -> Tangent:
@@ -88,7 +90,7 @@ class TangentPass:
         along = torch.autograd.grad(sum(inner), v)[0] if inner else torch.zeros_like(output)  # type: ignore[arg-type]
         gradients = torch.autograd.grad(value.loss, params, retain_graph=True, allow_unused=True)
         total = sum(float((g * t).sum()) for g, t in zip(gradients, self._direction, strict=True) if g is not None)
-        return Tangent(value, along.detach(), total, _slope(value.loss, output).detach() if slope else None)
+        return Tangent(value, along.detach(), total, _slope(value.loss, output) if slope else None)
 
 
 def _slope(loss: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -97,7 +99,12 @@ def _slope(loss: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
             "the model's output has no path to any parameter. Remove .detach() or torch.no_grad() from its forward pass."
         )
     (gradient,) = torch.autograd.grad(loss, output, allow_unused=True)
-    return torch.zeros_like(output) if gradient is None else gradient
+    return torch.zeros_like(output) if gradient is None else gradient.detach()
+
+
+def unpacked(t: torch.Tensor) -> forward_ad.UnpackedDualTensor:
+    """t without its tangent, and the tangent, None where there is none."""
+    return forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call,no-any-return]
 
 
 @contextmanager
