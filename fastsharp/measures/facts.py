@@ -147,13 +147,17 @@ class BatchFacts:
             )
         parts = [loss_fn(output[i : i + 1], target[i : i + 1]) for i in range(self.count)]
         losses = torch.stack([p[0] if isinstance(p, tuple) else p.reshape(()) for p in parts])
-        must_agree(self.what, float(losses.detach().sum()), float(self.value.loss.detach()) * self.value.scale, losses.detach())
+        must_agree(self.what, losses.detach(), float(self.value.loss.detach()) * self.value.scale, losses.detach())
         return losses
 
 
-def must_agree(what: str, parts: float, whole: float, values: torch.Tensor) -> None:
-    """InputError where single samples do not add up to their batch: a penalty on the weights, or a loss that mixes samples."""
-    room = 1e-2 * float(values.abs().sum()) + 64 * torch.finfo(values.dtype).eps * max(abs(whole), 1e-30)
+def must_agree(what: str, values: torch.Tensor, whole: float, before: torch.Tensor) -> None:
+    """InputError where single samples do not add up to their batch: a penalty on the weights, or a loss that mixes samples.
+
+    before   what the values were before anything cancelled in them: the batch's own sum is accurate to eps of these
+    """
+    parts = float(values.sum())
+    room = 1e-2 * float(values.abs().sum()) + 64 * torch.finfo(values.dtype).eps * float(before.abs().sum())
     if not abs(parts - whole) <= room:
         raise InputError(
             f"{what}: the samples of a batch add up to {parts:.6g}, the batch itself gives {whole:.6g}. The loss depends on the weights\n"

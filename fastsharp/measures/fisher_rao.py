@@ -62,7 +62,7 @@ def slopes(facts: BatchFacts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
             )
         values = scale * (tangent.slope * tangent.output).reshape(facts.count, -1).sum(1)
         weights, owners = torch.ones_like(values), facts.example_owners()
-    must_agree(facts.what, float((values * weights).sum()), scale * tangent.loss, values * weights)
+    must_agree(facts.what, values * weights, scale * tangent.loss, scale * tangent.output)
     return values, weights, owners
 
 

@@ -69,11 +69,7 @@ class TangentPass:
             loss, out = unpacked(value.loss), unpacked(output)
             along = torch.zeros_like(out.primal) if out.tangent is None else out.tangent.detach().clone()
             total = 0.0 if loss.tangent is None else float(loss.tangent.detach())
-            plain = isinstance(value.output, torch.Tensor)
-            bare_output = (
-                out.primal.detach() if plain else {"logits": out.primal.detach(), "loss": loss.primal if own_loss(value.output) else None}
-            )
-            bare = replace(value, loss=loss.primal.detach(), output=bare_output)
+            bare = _without_graph(value, loss.primal, out.primal)
         gradient = None
         if slope:  # by an evaluation of its own: torch's reverse pass through duals fails for some losses
             again = self._objective.evaluate(index, batch)
@@ -90,7 +86,15 @@ class TangentPass:
         along = torch.autograd.grad(sum(inner), v)[0] if inner else torch.zeros_like(output)  # type: ignore[arg-type]
         gradients = torch.autograd.grad(value.loss, params, retain_graph=True, allow_unused=True)
         total = sum(float((g * t).sum()) for g, t in zip(gradients, self._direction, strict=True) if g is not None)
-        return Tangent(value, along.detach(), total, _slope(value.loss, output) if slope else None)
+        bare = _without_graph(value, value.loss, output)
+        return Tangent(bare, along.detach(), total, _slope(value.loss, output) if slope else None)
+
+
+def _without_graph(value: Value, loss: torch.Tensor, output: torch.Tensor) -> Value:
+    """The evaluation with its loss and output tensor as plain numbers."""
+    logits, plain = output.detach(), loss.detach()
+    kept = logits if isinstance(value.output, torch.Tensor) else {"logits": logits, "loss": plain if own_loss(value.output) else None}
+    return replace(value, loss=plain, output=kept)
 
 
 def _slope(loss: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

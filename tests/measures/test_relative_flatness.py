@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -39,17 +37,11 @@ def test_the_closed_form_is_the_double_backward_loop(name: str, kind: str, norma
 def test_products_are_the_double_backward_loop(name: str, kind: str, normalize: bool, dtype: torch.dtype) -> None:
     n = net(name, dtype)
     want = oracle.relative_flatness_as_published(n.model, n.whole, OTHERS[name], n.objective, normalize=normalize)[INDEX[kind]]
-    got = fastsharp.relative_flatness(
-        n.model, n.batches, n.loss_fn, layer=OTHERS[name], kind=kind, normalize=normalize, rtol=1e-6, max_products=5000
-    )
+    rtol = 1e-6 if dtype == torch.float64 else 1e-3
+    got = fastsharp.relative_flatness(n.model, n.batches, n.loss_fn, layer=OTHERS[name], kind=kind, normalize=normalize, rtol=rtol)
     assert got.settings["method"] == "products"
-    scale = oracle_scale(n, OTHERS[name], normalize)
-    assert abs(got.value - want) <= max(ROOM[dtype], 1e-6 if kind == "max" else 0.0) * max(abs(want), scale)
-
-
-def oracle_scale(n: Any, layer: str, normalize: bool) -> float:
-    """What a trace of an indefinite matrix is accurate to: the size of its maximum, which does not cancel."""
-    return abs(oracle.relative_flatness_as_published(n.model, n.whole, layer, n.objective, normalize=normalize)[1])
+    assert abs(got.value - want) <= ROOM[dtype] * abs(want) + (got.interval[1] - got.interval[0])
+    assert got.interval[1] - got.interval[0] <= 0.01 * abs(want) + ROOM[dtype] * max(1.0, abs(want))
 
 
 @pytest.mark.parametrize("kind", INDEX)
@@ -82,7 +74,7 @@ def dense_trace(model: nn.Sequential, data: tuple[torch.Tensor, torch.Tensor]) -
     from torch.func import functional_call, hessian
 
     W = model[0].weight.detach().double()
-    twin = oracle.in_double(model)
+    twin = oracle.in_double(model).requires_grad_(False)
     H = hessian(lambda w: nn.functional.cross_entropy(functional_call(twin, {"0.weight": w}, (data[0].double(),)), data[1]))(W)
     return float(torch.einsum("sk,tk,sjtj->", W, W, H))
 
