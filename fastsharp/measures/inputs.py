@@ -71,6 +71,7 @@ class BoundaryTightness:
         self._samples.add(margins.detach().double() / norms, units.weights, facts.owners)
 
     def result(self) -> SampleEstimate:
+        self._samples.require_any()
         distances = self._samples.values
         seen = distances.isfinite()
         if not bool(seen.any()):

@@ -66,6 +66,7 @@ class HeadFlatness:
     def result(self) -> SampleEstimate:
         if not self._features:
             return self._samples.mean(self._confidence)
+        self._samples.require_any()
         sigma = self._moments.deviations().to(self._head.weight) if self._normalize else None
         W = self._head.weight
         if self._kind == "max":

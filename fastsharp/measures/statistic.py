@@ -50,6 +50,13 @@ class Samples:
         self._weights.append(weights.detach().double().cpu())
         self._owners.append(owners.detach().cpu())
 
+    def require_any(self) -> None:
+        """InputError where no unit counts."""
+        if not float(self.weights.sum()) > 0:
+            raise InputError(
+                "no sample has a label that counts: every label is ignored, or has weight 0. Check ignore_index and the class weights."
+            )
+
     @property
     def values(self) -> torch.Tensor:
         """(units,) float64."""
@@ -72,6 +79,7 @@ class Samples:
 
     def mean(self, confidence: float, *, of: torch.Tensor | None = None, shown: torch.Tensor | None = None) -> SampleEstimate:
         """sum w s / sum w; `of` replaces the values s, `shown` what `per_sample` holds."""
+        self.require_any()
         values = self.values if of is None else of
         value, stderr, examples = ratio(values, self.weights, self.owners)
         half = quantile(confidence, examples) * stderr
@@ -97,10 +105,6 @@ def ratio(values: torch.Tensor, weights: torch.Tensor, owners: torch.Tensor) -> 
     Source: the linearised ratio estimator, Cochran, Sampling Techniques (1977), section 6.
     """
     total = float(weights.sum())
-    if values.numel() == 0 or total <= 0:
-        raise InputError(
-            "no sample has a label that counts: every label is ignored, or has weight 0. Check ignore_index and the class weights."
-        )
     value = float((weights * values).sum()) / total
     errors = torch.zeros(int(owners.max()) + 1, dtype=torch.float64).index_add_(0, owners, weights * (values - value))
     n = examples_of(owners)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
-from torch.func import functional_call, jacrev
+from torch.autograd.functional import jacobian
+from torch.func import functional_call
 
 from tests.oracles.dense import doubled
 
@@ -105,7 +106,7 @@ def input_jacobian_norms(model: nn.Module, whole: Any, *, probabilities: bool = 
     """(samples,) Frobenius norms of one sample's Jacobian after the other."""
     model, norms = in_double(model), []
     for x, _ in singles(model, whole):
-        parts = jacrev(lambda *z: model(*z).softmax(1) if probabilities else model(*z), argnums=tuple(range(len(x))))(*x)
+        parts = jacobian(lambda *z: model(*z).softmax(1) if probabilities else model(*z), x)
         norms.append(float(sum(p.square().sum() for p in parts)) ** 0.5)
     return np.array(norms)
 
@@ -119,7 +120,7 @@ def distances(model: nn.Module, whole: Any) -> NDArray[Any]:
         other = max(f[c] for c in range(len(f)) if c != int(y))
         margin = f[int(y)] - other
         norm = sum(g.square().sum() for g in torch.autograd.grad(margin, x)) ** 0.5
-        found.append(float(margin / norm))
+        found.append(float((margin / norm).detach()))
     return np.array(found)
 
 
