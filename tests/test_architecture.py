@@ -28,6 +28,7 @@ ALLOWED = {
     "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
     "results": {"errors", "plots", "params"},
     "krylov": {"errors", "operator", "ops", "rng", "results"},
+    "measures": BELOW_OBJECTIVE | {"objective", "operator", "krylov", "rng", "results"},
     "difference": BELOW_OBJECTIVE | {"objective", "curvature"},
     "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
     "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference", "engine_check"},

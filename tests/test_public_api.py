@@ -27,6 +27,9 @@ CLASSES = {
     "SymmetricOperator",
     "Tracker",
 }
+CALLS |= {"boundary_tightness", "coherence", "fisher_rao", "input_jacobian", "logit_scale", "loss_trace", "margin"}
+CALLS |= {"prediction_confidence", "relative_flatness", "sample_curvature"}
+CLASSES |= {"SampleEstimate"}
 MODULES = {"data", "errors", "models"}
 
 

@@ -33,6 +33,10 @@ class Units:
     weights: torch.Tensor
     owners: torch.Tensor
 
+    def take(self, flat: torch.Tensor) -> torch.Tensor:
+        """The units' rows of flat (all rows, ...); flat itself where every row counts."""
+        return flat if self.rows.numel() == flat.shape[0] else flat[self.rows]
+
     def losses(self, smoothing: float = 0.0) -> torch.Tensor:
         """(u,) cross-entropy of each unit, without its weight."""
         return F.cross_entropy(self.logits, self.labels, reduction="none", label_smoothing=smoothing)

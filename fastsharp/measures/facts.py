@@ -122,7 +122,7 @@ class BatchFacts:
     def unit_rows(self, t: torch.Tensor) -> torch.Tensor:
         """(u, C) the units' rows of a tensor that is shaped like the output."""
         last = t if not isinstance(self.value.output, torch.Tensor) else t.movedim(1, -1)
-        return last.flatten(0, -2)[self.units.rows]
+        return self.units.take(last.flatten(0, -2))
 
     def example_losses(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(losses, weights, owners) of single samples with L = sum w l / sum w: units of a cross-entropy, else examples."""

@@ -23,7 +23,7 @@ class Head:
     def features(self, facts: BatchFacts) -> torch.Tensor:
         """(u, m) the layer's inputs, one row a unit."""
         call = single(facts.calls.get(self.name, ()), self.name, facts.what)
-        return call.input.flatten(0, -2)[facts.units.rows]
+        return facts.units.take(call.input.flatten(0, -2))
 
 
 class HeadFinder:

@@ -68,4 +68,5 @@ class LogitScale(_OfUnits):
     @staticmethod
     def of(units: Units) -> torch.Tensor:
         centred: torch.Tensor = units.logits - units.logits.mean(1, keepdim=True)
-        return torch.linalg.vector_norm(centred, dim=1)
+        norms: torch.Tensor = torch.linalg.vector_norm(centred, dim=1)
+        return norms

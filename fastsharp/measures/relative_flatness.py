@@ -24,7 +24,7 @@ from fastsharp.errors import InputError
 from fastsharp.krylov.lanczos import lanczos
 from fastsharp.measures.facts import BatchFacts, Need
 from fastsharp.measures.head import Head
-from fastsharp.measures.statistic import Moments, SampleEstimate, Samples
+from fastsharp.measures.statistic import Moments, SampleEstimate, Samples, pieces
 from fastsharp.operator import SymmetricOperator
 
 KINDS = ("trace", "max")
@@ -50,7 +50,7 @@ class HeadFlatness:
         units = facts.units
         if self._kind == "trace" and not self._normalize:
             W = self._head.weight
-            self._samples.add(phi.square().sum(1) * variances(W, logits, None), units.weights, facts.owners)
+            self._samples.add(squared_norms(phi, None) * variances(W, logits, None), units.weights, facts.owners)
             return
         self._kept += phi.nbytes + logits.nbytes
         if self._kept > self._room:
@@ -71,7 +71,7 @@ class HeadFlatness:
         W = self._head.weight
         if self._kind == "max":
             return self._largest(sigma)
-        norms = [(phi if sigma is None else phi / sigma).square().sum(1) for phi in self._features]
+        norms = [squared_norms(phi, sigma) for phi in self._features]
         spread = [variances(W, logits, sigma) for logits in self._logits]
         values = torch.cat([(n * v).double().cpu() for n, v in zip(norms, spread, strict=True)])
         return self._samples.mean(self._confidence, of=values)
@@ -117,7 +117,7 @@ class Gram(SymmetricOperator):
 def variances(W: torch.Tensor, logits: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:
     """(u,) V_i = sum_c p_c ||w_c - w_*||^2 - ||sum_c p_c (w_c - w_*)||^2 for the rows w of W diag(sigma), w_* that of the likeliest class.
 
-    Cost: 4 u C m flops; memory u (C + m).
+    Cost: 2 u C min(C, m) flops and more; memory u (C + m), u C where C <= m.
     """
     rows = W - W.mean(0)  # V does not see a common shift; the smaller the rows, the less cancels
     if sigma is not None:
@@ -127,8 +127,18 @@ def variances(W: torch.Tensor, logits: torch.Tensor, sigma: torch.Tensor | None)
     tail = p.scatter(1, best[:, None], 0.0)
     norms = rows.square().sum(1)
     mass, star = tail.sum(1), norms[best]
-    mean = tail @ rows
-    across = (mean * rows[best]).sum(1)
+    if W.shape[0] <= W.shape[1]:
+        products = tail @ (rows @ rows.T)  # (u, C): <sum_c p_c w_c, w_s>
+        across, squared = products.gather(1, best[:, None]).squeeze(1), (products * tail).sum(1)
+    else:
+        mean = tail @ rows
+        across, squared = (mean * rows[best]).sum(1), mean.square().sum(1)
     first = tail @ norms - 2 * across + mass * star
-    second = mean.square().sum(1) - 2 * mass * across + mass.square() * star
+    second = squared - 2 * mass * across + mass.square() * star
     return first - second
+
+
+def squared_norms(phi: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:
+    """(u,) ||phi_i / sigma||^2."""
+    scaled = (piece if sigma is None else piece / sigma for piece in pieces(phi))
+    return torch.cat([torch.linalg.vector_norm(piece, dim=1).square() for piece in scaled])

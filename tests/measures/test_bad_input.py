@@ -44,7 +44,9 @@ def test_one_hot_labels(call: Any) -> None:
             call(model, (X, hot), nn.CrossEntropyLoss())
 
 
-@pytest.mark.parametrize("call", [*LABELLED, closed, fastsharp.relative_flatness, fastsharp.fisher_rao, fastsharp.coherence, fastsharp.loss_trace])
+@pytest.mark.parametrize(
+    "call", [*LABELLED, closed, fastsharp.relative_flatness, fastsharp.fisher_rao, fastsharp.coherence, fastsharp.loss_trace]
+)
 def test_no_samples_and_no_data(call: Any) -> None:
     model = mlp()
     with refuses(errors.EmptyLoaderError, "no samples", model=model):
@@ -130,7 +132,11 @@ def test_arguments() -> None:
         with refuses(error, "probes", model=model):
             fastsharp.loss_trace(model, (X, Y), probes=probes)
     n = sum(p.numel() for p in model.parameters())
-    for direction, error in ((torch.ones(n - 1), errors.ShapeError), (torch.zeros(n), errors.InputError), ([1.0] * n, errors.ArgumentTypeError)):
+    for direction, error in (
+        (torch.ones(n - 1), errors.ShapeError),
+        (torch.zeros(n), errors.InputError),
+        ([1.0] * n, errors.ArgumentTypeError),
+    ):
         with refuses(error, "direction", model=model):
             fastsharp.sample_curvature(model, (X, Y), direction=direction)
 

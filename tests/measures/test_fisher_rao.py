@@ -17,7 +17,18 @@ from tests.oracles import measures as oracle
 from tests.unchanged import unchanged
 
 ROOM = {torch.float64: 1e-11, torch.float32: 1e-5}
-CLASSIFIERS = ("mlp_tanh", "mlp_relu", "cnn_batchnorm_eval", "cnn_residual", "vit_block", "transformer_encoder", "gru", "lstm", "unused", "deep")
+CLASSIFIERS = (
+    "mlp_tanh",
+    "mlp_relu",
+    "cnn_batchnorm_eval",
+    "cnn_residual",
+    "vit_block",
+    "transformer_encoder",
+    "gru",
+    "lstm",
+    "unused",
+    "deep",
+)
 
 
 def homogeneous(depth: int, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Any], Any]:

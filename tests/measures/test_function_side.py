@@ -84,7 +84,9 @@ def test_curvature_of_single_samples_is_that_of_their_own_hessians(name: str) ->
     probed = fastsharp.loss_trace(n.model, n.batches, n.loss_fn, probes=64)
     spread = (2 * (H.square().sum((1, 2)) - H.diagonal(dim1=1, dim2=2).square().sum(1)) / 64).sqrt()  # of z'H_i z over random signs
     assert bool(((probed.per_sample - traces).abs() <= 5 * spread + 1e-12).all())
-    exact = fastsharp.trace(n.model, n.batches, n.loss_fn, rtol=1e-6, max_products=20_000).value if H.shape[1] <= 64 else float(traces.mean())
+    exact = (
+        fastsharp.trace(n.model, n.batches, n.loss_fn, rtol=1e-6, max_products=20_000).value if H.shape[1] <= 64 else float(traces.mean())
+    )
     assert math.isclose(float(traces.mean()), exact, rel_tol=1e-6)
 
 
@@ -162,7 +164,13 @@ def test_rescaled_layers_and_temperature() -> None:
     u = torch.ones(sum(p.numel() for p in model.parameters())).double()
     of_function = {
         f: f(model, data).value
-        for f in (fastsharp.margin, fastsharp.prediction_confidence, fastsharp.logit_scale, fastsharp.boundary_tightness, fastsharp.input_jacobian)
+        for f in (
+            fastsharp.margin,
+            fastsharp.prediction_confidence,
+            fastsharp.logit_scale,
+            fastsharp.boundary_tightness,
+            fastsharp.input_jacobian,
+        )
     }
     of_weights = {f: f(model, data).value for f in (fastsharp.coherence, fastsharp.loss_trace)}
     curvature = fastsharp.sample_curvature(model, data, direction=u).value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 import pytest
 import torch
 from torch import nn
@@ -150,9 +151,9 @@ def test_a_dead_feature_is_left_alone() -> None:
         model[0].bias[2] = -100.0
     data = (torch.randn(9, 4).double(), torch.arange(9) % 3)
     got = fastsharp.relative_flatness(model, data)
-    want = oracle.relative_flatness_as_published(
-        model, data, "2", lambda c, b: nn.functional.cross_entropy(c(b[0]), b[1]), normalize=True
-    )[0]
+    want = oracle.relative_flatness_as_published(model, data, "2", lambda c, b: nn.functional.cross_entropy(c(b[0]), b[1]), normalize=True)[
+        0
+    ]
     assert math.isfinite(got.value) and math.isclose(got.value, want, rel_tol=1e-10)
 
 
