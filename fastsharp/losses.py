@@ -172,6 +172,29 @@ class Loss:
         return "cross-entropy" if self.loss_fn is None else f"loss {_name(self.loss_fn)}"
 
 
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The options of a cross-entropy of logits."""
+
+    ignore_index: int
+    weight: torch.Tensor | None
+    label_smoothing: float
+
+
+def cross_entropy_of(loss_fn: Any) -> CrossEntropy | None:
+    """The options of torch's cross-entropy, which None stands for as well; None for every other loss.
+
+    Class weights together with label smoothing make another loss: the smoothed part weighs classes, not samples.
+    """
+    base = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
+    if base is not None and not isinstance(base, nn.CrossEntropyLoss) and base is not F.cross_entropy:
+        return None
+    given = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
+    smoothing = given.get("label_smoothing", getattr(base, "label_smoothing", 0.0))
+    ignore, weight = _options(loss_fn)
+    return None if smoothing and weight is not None else CrossEntropy(ignore, weight, float(smoothing))
+
+
 def split(batch: Any, *, keep_target: bool = False) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """A batch as (positional inputs, keyword inputs, target); `keep_target` leaves a mapping's labels among its inputs."""
     if isinstance(batch, Mapping):
@@ -289,18 +312,6 @@ def _options(fn: Any) -> tuple[int, torch.Tensor | None]:
         return int(fn.keywords.get("ignore_index", -100)), fn.keywords.get("weight")
     fn = fn.func if isinstance(fn, functools.partial) else fn
     return int(getattr(fn, "ignore_index", -100)), getattr(fn, "weight", None)
-
-
-def cross_entropy_options(fn: Any) -> dict[str, Any] | None:
-    """The keywords of torch's cross-entropy that fn is (None: the default one); None where it is another loss."""
-    names = ("weight", "ignore_index", "reduction", "label_smoothing")
-    if fn is None or fn is F.cross_entropy:
-        return {}
-    if isinstance(fn, nn.CrossEntropyLoss):
-        return {name: getattr(fn, name) for name in names}
-    if isinstance(fn, functools.partial) and fn.func is F.cross_entropy and not fn.args and set(fn.keywords) <= set(names):
-        return dict(fn.keywords)
-    return None
 
 
 def _is_classification(fn: Any) -> bool:

@@ -1,1 +1,3 @@
-"""Measures of sharpness and of the function learned; they take objectives and operators, and know nothing of how products are made."""
+"""Sharpness measures and what they are compared with; they receive objectives and operators and know no curvature."""
+
+from fastsharp.measures.statistic import SampleEstimate as SampleEstimate

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastsharp.errors import InputError
-from fastsharp.losses import cross_entropy_options
+from fastsharp.losses import cross_entropy_of
 
 
 class NormalisedCrossEntropy(nn.CrossEntropyLoss):
@@ -25,10 +26,12 @@ class NormalisedCrossEntropy(nn.CrossEntropyLoss):
 
 def normalised(loss_fn: Any) -> NormalisedCrossEntropy:
     """The same cross-entropy (its ignore_index, class weights, label smoothing, reduction) of normalised logits."""
-    options = cross_entropy_options(loss_fn)
+    options = cross_entropy_of(loss_fn)
     if options is None:
         raise InputError(
             "normalize_logits=True: the loss is not torch's cross-entropy, and other losses have no logits whose scale is free.\n"
             "Pass nn.CrossEntropyLoss() (or None), or leave normalize_logits out."
         )
-    return NormalisedCrossEntropy(**options)
+    given = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
+    reduction = given.get("reduction", getattr(loss_fn, "reduction", "mean"))
+    return NormalisedCrossEntropy(options.weight, None, options.ignore_index, None, reduction, options.label_smoothing)
