@@ -27,4 +27,5 @@ from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
 from fastsharp.results import Spectrum as Spectrum
+from fastsharp.results import load as load
 from fastsharp.training import Tracker as Tracker
