@@ -11,7 +11,20 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "bracket", "density", "explain", "frobenius", "info", "lanczos", "load", "logdet", "spectrum", "trace", "trace_function"}
+CALLS = {
+    "batch_loss",
+    "bracket",
+    "density",
+    "explain",
+    "frobenius",
+    "info",
+    "lanczos",
+    "load",
+    "logdet",
+    "spectrum",
+    "trace",
+    "trace_function",
+}
 CLASSES = {
     "Bracket",
     "CallableOperator",
