@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,41 @@ def test_the_file_of_a_real_run(tmp_path: Path) -> None:
         assert isinstance(back, Eigenpairs)
         assert torch.equal(back.eigenvectors, pairs.eigenvectors) and back.notes == pairs.notes
         assert {k: v.shape for k, v in back.as_dict(0).items()} == {"weight": (2, 3), "bias": (2,)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OfEveryKind(Result, version=3):
+    """Fields of every kind that files hold; no notes."""
+
+    by_name: Mapping[str, torch.Tensor]
+    nested: Mapping[str, tuple[Estimate, ...]]
+    either: float | torch.Tensor
+    other: float | torch.Tensor | None
+    names: list[str]
+    anything: Any
+    half: torch.Tensor
+    empty: torch.Tensor
+    scalar: torch.Tensor
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_class_of_the_callers_comes_back_too(suffix: str, tmp_path: Path) -> None:
+    half = torch.tensor([65504.0, math.nan, 6e-8], dtype=torch.float16)
+    numbers = torch.arange(6).reshape(2, 3)
+    own = OfEveryKind(
+        by_name={"0.weight": f64(1.0), "a/b~c": torch.eye(2)[:, 1]},
+        nested={"x": (ESTIMATE, ESTIMATE), "y": ()},
+        either=math.nan,
+        other=numbers.T,
+        names=["a"],
+        anything={"tensor": numbers.int(), "list": [1, 2.5, "x", None, math.inf]},
+        half=half,
+        empty=torch.zeros(0, 3),
+        scalar=torch.tensor(7),
+    )
+    back = fastsharp.load(own.save(tmp_path / f"own{suffix}"))
+    assert same(own, back)
+    assert (own.schema, own.schema_version) == ("fastsharp.of_every_kind", 3)
 
 
 # --- strict JSON ------------------------------------------------------------------------------------------------------
