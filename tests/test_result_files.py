@@ -230,6 +230,11 @@ def test_a_failed_write_leaves_the_older_file_and_no_rest(tmp_path: Path, monkey
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_file_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    assert {ESTIMATE.save(tmp_path / f"a{suffix}").stat().st_mode for suffix in SUFFIXES} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_what_files_cannot_hold_is_refused_before_they_are_touched(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.json, \.npz or \.safetensors"):
         PAIRS.save(tmp_path / "a.pkl")
@@ -325,6 +330,7 @@ HOSTILE = {
     "tensors are a list": (put("tensors", []), "'tensors' is no object"),
     "a tensor for a number": (lambda c: c["tensors"].update({"/n_matvec": c["tensors"]["/eigenvalues"]}) or put("n_matvec", None)(c), "n_matvec"),
     "a layout of another model": (put("layout", "offsets", [0, 2, 9]), "layout of the parameters"),
+    "flags are numbers": (put("converged", [1, 0]), "converged/0 is not of type bool"),
     "flags and values differ": (
         lambda c: c["tensors"]["/converged"].update(shape=[1]) or put("converged", [True])(c),
         "differ in length",
@@ -346,7 +352,7 @@ def test_a_hostile_json_file_is_refused(case: str, tmp_path: Path) -> None:
         ("", "strict JSON"),
         ("[" * 100_000, "."),
         ('{"schema": "fastsharp.estimate", "schema_version": 1, "value": NaN}', "NaN is not JSON"),
-        ('{"schema": "fastsharp.estimate", "schema_version": 1, "value": 1e999, "sha256": ""}', "strict JSON"),
+        ('{"schema": "fastsharp.estimate", "schema_version": 1, "value": 1e999, "sha256": ""}', "1e999 is beyond"),
         ('{"schema": "fastsharp.estimate", "schema_version": 1}', "checksum is missing"),
         ('{"schema": "fastsharp.eigenpairs", "schema_version": 1}', "version 1"),
         ("9" * 10_000, "strict JSON"),
@@ -374,10 +380,13 @@ def npy(header: str, data: bytes = b"") -> bytes:
 def test_hostile_archives_are_refused(tmp_path: Path) -> None:
     pickled = io.BytesIO()
     np.save(pickled, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    refused(npz(tmp_path / "pickle.npz", {"fastsharp.npy": pickled.getvalue()}), "objects")
+    refused(npz(tmp_path / "pickle.npz", {"fastsharp.npy": pickled.getvalue()}), "another size")
+    refused(npz(tmp_path / "object.npz", {"fastsharp.npy": npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", b"a" * 8)}), "NPZ")
+    columns = npy("{'descr': '<f8', 'fortran_order': True, 'shape': (1, 1)}", b"a" * 8)
+    refused(npz(tmp_path / "order.npz", {"fastsharp.npy": columns}), "another order")
     vast = npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 1000)}")
     refused(npz(tmp_path / "vast.npz", {"fastsharp.npy": vast}), "another size")
-    refused(npz(tmp_path / "bomb.npz", {"fastsharp.npy": b"\0" * 10**6}, zipfile.ZIP_DEFLATED), "compressed")
+    refused(npz(tmp_path / "bomb.npz", {"fastsharp.npy": b"\0" * 10**6}, zipfile.ZIP_DEFLATED), "larger than the file")
     refused(npz(tmp_path / "code.npz", {"fastsharp.npy": npy("__import__('os')")}), "NPZ")
     refused(npz(tmp_path / "none.npz", {"weights.npy": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (0,)}")}), "no array")
     (tmp_path / "text.npz").write_bytes(b"PK\x03\x04" + b"a" * 100)

@@ -190,7 +190,7 @@ class _Decoder:
         if kind is float and value is None and at in self._not_finite:
             return self._sign(at)
         if kind is float:
-            self._must(type(value) in (int, float) and math.isfinite(value), at, "a number")
+            self._must(type(value) in (int, float), at, "a number")
             return float(value)
         if kind in (bool, int, str, type(None)):
             self._must(type(value) is kind, at, f"of type {kind.__name__}")

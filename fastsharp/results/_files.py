@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import struct
 import threading
@@ -101,8 +102,14 @@ def _parsed(text: str | bytes) -> Any:
     def refuse(token: str) -> None:
         raise ValueError(f"{token} is not JSON")
 
+    def number(token: str) -> float:
+        value = float(token)
+        if math.isinf(value):
+            raise ValueError(f"{token} is beyond float64")
+        return value
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, parse_float=number)
     except (ValueError, RecursionError) as e:
         raise Unreadable(f"it is not strict JSON ({e})") from e
 
@@ -120,12 +127,12 @@ def _write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def _read_npz(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Members of an uncompressed archive that add up to no more than the file: what is read is never more than what is there."""
+    """Members that add up to no more than the file: what is read is never more than what is there."""
     try:
         with path.open("rb") as f, zipfile.ZipFile(f) as archive:
             members = archive.infolist()
-            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > path.stat().st_size:
-                raise Unreadable("its members are compressed or overlap, which save() never does")
+            if sum(m.file_size for m in members) > path.stat().st_size:
+                raise Unreadable("its members are larger than the file: compressed or overlapping, which save() never makes")
             arrays = {m.filename.removesuffix(".npy"): _array(archive.read(m)) for m in members}
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError, struct.error) as e:
         raise e if isinstance(e, Unreadable) else Unreadable(f"it is not a whole NPZ file ({e})") from e
@@ -143,9 +150,9 @@ def _array(raw: bytes) -> Any:
     count = 1
     for size in shape:
         count *= size
-    if dtype.hasobject or (fortran and len(shape) > 1) or count * dtype.itemsize != len(raw) - f.tell():
-        raise Unreadable("an array in it has another size than it says, or holds objects")
-    return np.frombuffer(raw, dtype, count, f.tell()).reshape(shape)
+    if (fortran and len(shape) > 1) or count * dtype.itemsize != len(raw) - f.tell():
+        raise Unreadable("an array in it has another size than it says, or another order")
+    return np.frombuffer(raw, dtype, count, f.tell()).reshape(shape)  # which refuses objects
 
 
 def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
