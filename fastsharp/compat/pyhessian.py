@@ -52,9 +52,8 @@ class hessian:
         self._check_device()
         loader = dataloader if data is None else [data]
         with evaluating(self._network):
-            # a single batch has the loss that criterion returns; over a loader PyHessian averages, whatever the reduction
-            reduction = "mean" if self.full_dataset else "sum"
-            self._operator = fastsharp.Hessian(self._network, loader, criterion, reduction=reduction)
+            # PyHessian averages the losses of batches, whatever the criterion's own reduction; of one batch that is the loss itself
+            self._operator = fastsharp.Hessian(self._network, loader, criterion, reduction="mean")
             checked(self._operator)
         self.params = list(self._operator.objective.selection.params)
         self.pairs: Eigenpairs | None = None

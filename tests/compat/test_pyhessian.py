@@ -106,6 +106,20 @@ def test_values_vectors_and_trace_against_the_dense_hessian(several: bool, reduc
     assert abs(np.mean(samples) - float(H.trace())) < 4.5 * error
 
 
+def test_the_largest_modulus_may_be_negative() -> None:
+    found = hessian(net(), lambda out, y: -F.cross_entropy(out, y), data=BATCHES[0], cuda=False)
+    values, _ = found.eigenvalues(top_n=2)
+    assert values[0] < values[1] < 0
+
+
+def test_names_are_those_of_the_network_inside_data_parallel() -> None:
+    model = net()
+    found = hessian(nn.DataParallel(model), F.cross_entropy, data=BATCHES[0], cuda=False)
+    found.eigenvalues()
+    assert found.pairs is not None and list(found.pairs.as_dict(0)) == [name for name, _ in model.named_parameters()]
+    assert all(a is b for a, b in zip(found.params, model.parameters(), strict=True))
+
+
 def test_density_lists_are_rectangular_and_hold_the_ends() -> None:
     model = net()
     found = hessian(model, F.cross_entropy, data=BATCHES[0], cuda=False)
@@ -140,6 +154,7 @@ def test_the_seed_is_torchs_and_calls_differ() -> None:
         torch.manual_seed(seed)
         runs += [found.trace(maxIter=3, tol=1e-12), found.trace(maxIter=3, tol=1e-12)]
     assert runs[0] == runs[2] and runs[1] == runs[3]
+    assert found.density(iter=3) != found.density(iter=3)
     assert runs[0] != runs[1] and runs[0] != runs[4]
 
 
@@ -196,10 +211,11 @@ def test_the_plot(folder: Path) -> None:
     assert Path("example.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_curve_of_the_plot() -> None:
+@pytest.mark.parametrize("far", [0.5, 8.0])
+def test_the_curve_of_the_plot(far: float) -> None:
     """Two runs of one node each: half a Gaussian each, of variance 1e-5 max(1, range), on a grid with an integral of one."""
-    density, grid = density_generate([[0.0, 0.0], [0.5, 0.5]], [[0.25, 0.75], [1.0, 0.0]], overhead=0.5)
-    assert (grid[0], grid[-1], len(grid)) == (-0.25, 0.75, 10000)  # means of the ends
-    variance = 1e-5
-    exact = sum(np.exp(-((grid - m) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance) / 2 for m in (0.0, 0.5))
+    density, grid = density_generate([[0.0, 0.0], [far, far]], [[0.25, 0.75], [1.0, 0.0]], overhead=far)
+    assert (grid[0], grid[-1], len(grid)) == (-far / 2, 3 * far / 2, 10000)  # means of the ends
+    variance = 1e-5 * max(1.0, 2 * far)
+    exact = sum(np.exp(-((grid - m) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance) / 2 for m in (0.0, far))
     assert np.abs(density - exact).max() < 1e-9 * exact.max()
