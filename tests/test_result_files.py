@@ -267,7 +267,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(suffix: str, tmp_path: Path
     whole = (GOLDEN / f"eigenpairs-2{suffix}").read_bytes()
     path = tmp_path / f"a{suffix}"
     read = 0
-    for at in range(0, len(whole), 3):
+    for at in range(0, len(whole), 7):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         try:
             back = fastsharp.load(path)
@@ -275,7 +275,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(suffix: str, tmp_path: Path
             continue
         assert same(PAIRS, back)
         read += 1
-    assert read < 0.2 * len(whole) / 3  # zip keeps dates, attributes and lengths twice; JSON has its spaces
+    assert read < 0.2 * len(whole) / 7  # zip keeps dates, attributes and lengths twice; JSON has its spaces
 
 
 def test_no_file_and_no_suffix(tmp_path: Path) -> None:
