@@ -45,4 +45,5 @@ from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
 from fastsharp.results import Sharpness as Sharpness
 from fastsharp.results import Spectrum as Spectrum
+from fastsharp.results import load as load
 from fastsharp.training import Tracker as Tracker

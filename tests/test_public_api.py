@@ -36,6 +36,7 @@ CALLS = {
     "relative_flatness",
     "sample_curvature",
     "sharpness",
+    "load",
     "spectrum",
     "trace",
     "trace_function",
