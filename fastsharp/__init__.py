@@ -23,6 +23,7 @@ from fastsharp.api import logdet as logdet
 from fastsharp.api import logit_scale as logit_scale
 from fastsharp.api import loss_trace as loss_trace
 from fastsharp.api import margin as margin
+from fastsharp.api import measure as measure
 from fastsharp.api import prediction_confidence as prediction_confidence
 from fastsharp.api import relative_flatness as relative_flatness
 from fastsharp.api import sample_curvature as sample_curvature
@@ -34,6 +35,7 @@ from fastsharp.curvature.gauss_newton import GGN as GGN
 from fastsharp.curvature.hessian import Hessian as Hessian
 from fastsharp.losses import batch_loss as batch_loss
 from fastsharp.measures import SampleEstimate as SampleEstimate
+from fastsharp.measures.eigen import hessian_measures as hessian_measures
 from fastsharp.operator import CallableOperator as CallableOperator
 from fastsharp.operator import CountingOperator as CountingOperator
 from fastsharp.operator import DenseOperator as DenseOperator
@@ -43,6 +45,8 @@ from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
+from fastsharp.results import Landscape2D as Landscape2D
+from fastsharp.results import Report as Report
 from fastsharp.results import Sharpness as Sharpness
 from fastsharp.results import Spectrum as Spectrum
 from fastsharp.results import load as load

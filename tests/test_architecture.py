@@ -26,7 +26,7 @@ ALLOWED = {
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,
     "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
-    "results": {"errors", "plots", "params"},
+    "results": {"errors", "plots", "params", "report"},
     "krylov": {"errors", "operator", "ops", "rng", "results"},
     "difference": BELOW_OBJECTIVE | {"objective", "curvature", "swap"},
     "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
@@ -36,7 +36,7 @@ ALLOWED = {
     "data": {"errors"},
     "models": {"errors"},
 }
-ABOVE = {"api", "cli", "compat", "plots", "progress", "training", "callbacks", "_report", "_environment", "__init__"}
+ABOVE = {"api", "cli", "compat", "plots", "progress", "training", "callbacks", "_report", "report", "_environment", "__init__"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -160,7 +160,9 @@ class _Decoder:
         return found
 
     def result(self, cls: type[Result], value: Any, at: str) -> Result:
-        """A result of class cls, of its present or an older version."""
+        """A result of class cls or of one below it, of its present or an older version."""
+        stated = KNOWN.get(str(value.get("schema"))) if isinstance(value, dict) else None
+        cls = stated if stated is not None and issubclass(stated, cls) else cls
         self._must(isinstance(value, dict) and value.get("schema") == cls.schema, at, f"a {cls.schema}")
         version = value.get("schema_version")
         self._must(type(version) is int and 1 <= version <= cls.schema_version, at, f"a version of {cls.schema} up to {cls.schema_version}")
