@@ -199,8 +199,8 @@ def one_pass(
             if on_batch is not None:
                 on_batch(start, objective.batches.count)
     objective.check_marks()
-    if tangents is not None and tangents.reverse:
-        return ("tangents by two reverse passes: the model has a call without forward-mode derivative",)
+    if tangents is not None and tangents.reason is not None:
+        return (f"tangents of the model by two reverse passes: {tangents.reason}",)
     return ()
 
 

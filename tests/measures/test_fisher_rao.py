@@ -197,6 +197,24 @@ def test_without_forward_mode_two_reverse_passes_give_the_same() -> None:
         assert any("two reverse passes" in note for note in own.notes) and not any("two reverse" in note for note in plain.notes)
 
 
+class WrongForwardMode(NoForwardMode):
+    @staticmethod
+    def jvp(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        return 0.9 * t
+
+
+def test_a_wrong_forward_mode_is_noticed() -> None:
+    class Own(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return WrongForwardMode.apply(x)
+
+    n = net("mlp_tanh")
+    other = nn.Sequential(n.model[0], Own(), n.model[2], Own(), n.model[4])
+    got = fastsharp.fisher_rao(other, n.batches, n.loss_fn)
+    assert math.isclose(got.value, fastsharp.fisher_rao(n.model, n.batches, n.loss_fn).value, rel_tol=1e-12)
+    assert any("not that of its gradient" in note for note in got.notes)
+
+
 def test_the_standard_error_is_that_of_a_root_mean_square() -> None:
     """Against the spread of the value over many draws of 200 samples from one population."""
     g = torch.Generator().manual_seed(3)
