@@ -8,8 +8,8 @@ autograd.Function, a bug of torch) shows: two reverse passes are taken then.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from fastsharp.errors import DisconnectedLossError
 from fastsharp.losses import Value
 from fastsharp.measures.classes import output_tensor, own_loss
 from fastsharp.objective import Objective
+
+Recording = Callable[[], AbstractContextManager[None]]
 
 _AGREES = 1e-3  # relative, beside 64 eps of the terms that cancel
 _REFUSALS = ("forward AD", "forward-mode", "Jacobian-vector product", "jvp")
@@ -52,11 +54,15 @@ class TangentPass:
         self.reason = "recurrent layers hold their weights a second time" if recurrent else None
         self._compared = False
 
-    def __call__(self, index: int, batch: Any, *, slope: bool, what: str) -> Tangent:
-        """Call inside `objective.quiet()`; `slope` asks for the gradient of the loss at the output too."""
+    def __call__(self, index: int, batch: Any, *, slope: bool, recording: Recording, what: str) -> Tangent:
+        """Call inside `objective.quiet()`.
+
+        slope       the gradient of the loss at the output as well
+        recording   entered around the one evaluation whose value is returned, not around those that check it
+        """
         if self.reason is None:
             try:
-                found = self._forward(index, batch, slope, what)
+                found = self._forward(index, batch, slope, recording, what)
                 if self._compared or self._agrees(found, index, batch):
                     self._compared = True
                     return found
@@ -65,14 +71,14 @@ class TangentPass:
                 if not any(word in str(e) for word in _REFUSALS):
                     raise
                 self.reason = "it has a call without forward-mode derivative"
-        return self._backward(index, batch, slope, what)
+        return self._backward(index, batch, slope, recording, what)
 
-    def _forward(self, index: int, batch: Any, slope: bool, what: str) -> Tangent:
+    def _forward(self, index: int, batch: Any, slope: bool, recording: Recording, what: str) -> Tangent:
         params = self._objective.selection.params
         with warnings.catch_warnings(), forward_ad.dual_level(), torch.no_grad():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about torch.jit, on the first forward derivative
             duals = [forward_ad.make_dual(p.detach(), t) for p, t in zip(params, self._direction, strict=True)]  # type: ignore[no-untyped-call]
-            with _swapped(self._objective.model, params, duals):
+            with recording(), _swapped(self._objective.model, params, duals):
                 value = self._objective.evaluate_unchecked(index, batch)
             output = output_tensor(value, what)
             loss, out = unpacked(value.loss), unpacked(output)
@@ -97,9 +103,10 @@ class TangentPass:
         found = torch.autograd.grad(loss, self._objective.selection.params, retain_graph=True, allow_unused=True)
         return [(g, t) for g, t in zip(found, self._direction, strict=True) if g is not None]
 
-    def _backward(self, index: int, batch: Any, slope: bool, what: str) -> Tangent:
+    def _backward(self, index: int, batch: Any, slope: bool, recording: Recording, what: str) -> Tangent:
         params = self._objective.selection.params
-        value = self._objective.evaluate(index, batch)
+        with recording():
+            value = self._objective.evaluate(index, batch)
         output = output_tensor(value, what)
         v = torch.zeros_like(output, requires_grad=True)
         pulled = torch.autograd.grad(output, params, v, create_graph=True, allow_unused=True)
