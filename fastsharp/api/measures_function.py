@@ -255,7 +255,7 @@ def coherence(
     confidence: float = 0.95,
     progress: bool | None = None,
 ) -> SampleEstimate:
-    """N ||mean_i g_i||^2 / mean_i ||g_i||^2, g_i the gradient of example i: m-coherence, from 1 (orthogonal) to N (equal).
+    """N ||mean_i g_i||^2 / mean_i ||g_i||^2, g_i the gradient of example i: m-coherence; 0 where they cancel, 1 orthogonal, N equal.
 
     params   which parameters; arguments as in `fastsharp.lanczos`; `confidence` is of the interval.
 

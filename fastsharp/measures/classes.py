@@ -13,7 +13,7 @@ from fastsharp.batches import count_of
 from fastsharp.errors import InputError, LabelShapeError, OutputFormatError
 from fastsharp.losses import BatchLoss, CrossEntropy, Loss, Value, cross_entropy_of, split
 
-_AGREES = 1e-3  # relative: how closely the cross-entropy of .logits must give the loss that the model computed itself
+_AGREES = 1e-5  # relative: how closely the cross-entropy of .logits must give the loss that the model computed itself
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,24 @@ def _check_labels(logits: torch.Tensor, target: Any, what: str) -> None:
 
 
 def _own_layout(value: Value, logits: torch.Tensor, labels: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and labels of a model that computed its loss itself: the layout under which the cross-entropy of .logits gives that loss."""
+    """Rows and labels of a model that computed its loss itself: the layout under which the cross-entropy of .logits gives that loss.
+
+    Of two the closer one, since before training every layout gives nearly log C.
+    """
     flat = logits.flatten(0, -2)
     layouts = [labels.flatten()] if labels.numel() == flat.shape[0] else []
     if layouts and labels.ndim == 2:  # position t predicts label t + 1; the last predicts none
         layouts.append(F.pad(labels[:, 1:], (0, 1), value=-100).flatten())
-    own = value.loss.detach()
-    for shifted in layouts:
-        inside = bool(((shifted == -100) | ((shifted >= 0) & (shifted < flat.shape[1]))).all())
-        if inside and bool((F.cross_entropy(flat.detach(), shifted) - own).abs() <= _AGREES * own.abs()):
-            return flat, shifted
+    own = float(value.loss.detach())
+    found = [(abs(float(F.cross_entropy(flat.detach(), shifted)) - own), shifted) for shifted in layouts if _inside(shifted, flat.shape[1])]
+    if found:
+        off, labels = min(found, key=lambda pair: pair[0])
+        if off <= _AGREES * abs(own) or not bool((labels != -100).any()):
+            return flat, labels
     raise OutputFormatError(
         f"{what}: the loss that the model computes itself is not the cross-entropy of its .logits and labels.\nPass loss_fn(output, target)."
     )
+
+
+def _inside(labels: torch.Tensor, classes: int) -> bool:
+    return bool(((labels == -100) | ((labels >= 0) & (labels < classes))).all())

@@ -1,6 +1,6 @@
 """m-coherence of the samples' gradients: N ||mean_i g_i||^2 / mean_i ||g_i||^2.
 
-1 where the N gradients are orthogonal and of one length, N where they are equal: how many samples, in effect, one step serves.
+0 where the N gradients cancel, 1 where they are orthogonal, N where they are equal: how many samples, in effect, one step serves.
 It does not survive a rescaling of the layers.
 
 Source: Chatterjee and Zielinski 2008.01217.

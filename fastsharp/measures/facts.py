@@ -3,8 +3,8 @@
 A measure is an `Accumulator`: it states what it needs of each batch, is updated batch by batch, and gives its result at the end. `one_pass`
 evaluates each batch once in the most demanding way that any accumulator needs, and hands the same `BatchFacts` to all of them:
 
-    fisher_rao, margin = FisherRao(...), Margin(...)
-    one_pass(objective, [fisher_rao, margin])
+    fisher_rao, margin = FisherRaoIdentity(objective, confidence), Margin(confidence)
+    one_pass(objective, [fisher_rao, margin], what="measure")
     fisher_rao.result(), margin.result()
 
 New measures of single samples are new accumulators; nothing here changes for them.
@@ -13,7 +13,7 @@ New measures of single samples are new accumulators; nothing here changes for th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cached_property
@@ -38,7 +38,7 @@ class Need(Flag):
     """What an accumulator asks of the evaluation of a batch, beside its outputs and labels."""
 
     NOTHING = 0
-    TANGENT = auto()  # the derivative of the outputs along the parameters themselves
+    TANGENT = auto()  # the derivative of the outputs along the direction of the pass, the parameters themselves by default
     SLOPE = auto()  # the gradient of the batch's loss at the outputs
     GRAPH = auto()  # outputs with their graph to the parameters
     INPUTS = auto()  # outputs with their graph to the floating-point inputs
@@ -180,7 +180,7 @@ def one_pass(
     direction   of the tangents, one tensor a parameter; None: the parameters themselves
     first_only  stop after the first batch
 
-    Raises NonFiniteError where a loss is not finite, and what the accumulators raise.
+    Raises NonFiniteError where a loss is not finite, and what the observers raise.
     """
     needs = Need.NOTHING
     layers: frozenset[str] = frozenset()
@@ -199,8 +199,8 @@ def one_pass(
             if on_batch is not None:
                 on_batch(start, objective.batches.count)
     objective.check_marks()
-    if tangents is not None and tangents.reverse:
-        return ("tangents by two reverse passes: the model has a call without forward-mode derivative",)
+    if tangents is not None and tangents.reason is not None:
+        return (f"tangents of the model by two reverse passes: {tangents.reason}",)
     return ()
 
 
@@ -218,14 +218,17 @@ def _evaluated(
     if Need.INPUTS in needs:
         batch, inputs = _differentiable(batch, what)
     tangent = None
-    with _recorded(objective.model, layers) as calls:
-        if tangents is not None:
-            tangent = tangents(index, batch, slope=Need.SLOPE in needs, what=what)
-            value = tangent.value
-        if tangents is None or needs & (Need.GRAPH | Need.INPUTS):
-            calls.clear()
-            with torch.set_grad_enabled(bool(needs & (Need.GRAPH | Need.INPUTS))):
-                value = objective.evaluate_unchecked(index, batch)
+    calls: dict[str, list[Call]] = {}
+
+    def recording() -> AbstractContextManager[None]:
+        return _recorded(objective.model, layers, calls)
+
+    if tangents is not None:
+        tangent = tangents(index, batch, slope=Need.SLOPE in needs, recording=recording, what=what)
+        value = tangent.value
+    if tangents is None or needs & (Need.GRAPH | Need.INPUTS):
+        with recording(), torch.set_grad_enabled(bool(needs & (Need.GRAPH | Need.INPUTS))):
+            value = objective.evaluate_unchecked(index, batch)
     if not bool(torch.isfinite(value.loss.detach())):
         loss = float(value.loss.detach())
         raise non_finite_loss(objective.model, index, batch, loss, lambda: objective.evaluate_unchecked(index, batch))
@@ -258,9 +261,9 @@ def _differentiable(batch: Any, what: str) -> tuple[Any, tuple[torch.Tensor, ...
 
 
 @contextmanager
-def _recorded(model: nn.Module, layers: frozenset[str]) -> Iterator[dict[str, list[Call]]]:
-    """Calls of the named modules, through forward hooks that are gone afterwards."""
-    calls: dict[str, list[Call]] = {}
+def _recorded(model: nn.Module, layers: frozenset[str], calls: dict[str, list[Call]]) -> Iterator[None]:
+    """Calls of the named modules in one evaluation, through forward hooks that are gone afterwards; `calls` holds no others."""
+    calls.clear()
     handles = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -273,7 +276,7 @@ def _recorded(model: nn.Module, layers: frozenset[str]) -> Iterator[dict[str, li
     try:
         for name in layers:
             handles.append(model.get_submodule(name).register_forward_hook(hook(name)))
-        yield calls
+        yield
     finally:
         for handle in handles:
             handle.remove()

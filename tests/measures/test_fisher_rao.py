@@ -102,6 +102,36 @@ def test_a_model_that_computes_its_own_loss() -> None:
     assert inner.per_sample.numel() == 11  # a loss of one's own has examples, not tokens
 
 
+class TinyCausalLM(nn.Module):
+    """A language model that shifts its labels itself, so near to its start that every layout of them gives nearly the same loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+        for p in self.parameters():
+            p.data.mul_(1e-2)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(self.embed(input_ids).cumsum(1))
+        return {"logits": logits, "loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+def test_a_model_that_shifts_its_labels() -> None:
+    torch.manual_seed(0)
+    model, ids = TinyCausalLM(), torch.randint(9, (6, 5))
+    labels = ids.clone()
+    labels[:2, 3:] = -100
+    batches = [{"input_ids": ids[a:b], "labels": labels[a:b]} for a, b in ((0, 4), (4, 6))]
+    twin, along = oracle.in_double(model), []
+    for i, t in (labels[:, 1:] != -100).nonzero().tolist():
+        loss = F.cross_entropy(twin(ids[i : i + 1], labels[i : i + 1])["logits"][:, t], labels[i : i + 1, t + 1])
+        g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(loss, list(twin.parameters()))])
+        along.append(g @ oracle.parameters(model))
+    got = fastsharp.fisher_rao(model, batches)
+    assert math.isclose(got.value, float(torch.stack(along).square().mean().sqrt()), rel_tol=1e-5)
+    assert got.per_sample.numel() == len(along) and got.samples == 6
+
+
 def test_class_weights_and_label_smoothing() -> None:
     n = net("mlp_tanh")
     w = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
@@ -195,6 +225,24 @@ def test_without_forward_mode_two_reverse_passes_give_the_same() -> None:
         plain, own = (fastsharp.fisher_rao(m, n.batches, loss, reduction="mean") for m in (n.model, other))
         assert math.isclose(plain.value, own.value, rel_tol=1e-12)
         assert any("two reverse passes" in note for note in own.notes) and not any("two reverse" in note for note in plain.notes)
+
+
+class WrongForwardMode(NoForwardMode):
+    @staticmethod
+    def jvp(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        return 0.9 * t
+
+
+def test_a_wrong_forward_mode_is_noticed() -> None:
+    class Own(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return WrongForwardMode.apply(x)
+
+    n = net("mlp_tanh")
+    other = nn.Sequential(n.model[0], Own(), n.model[2], Own(), n.model[4])
+    got = fastsharp.fisher_rao(other, n.batches, n.loss_fn)
+    assert math.isclose(got.value, fastsharp.fisher_rao(n.model, n.batches, n.loss_fn).value, rel_tol=1e-12)
+    assert any("not that of its gradient" in note for note in got.notes)
 
 
 def test_the_standard_error_is_that_of_a_root_mean_square() -> None:

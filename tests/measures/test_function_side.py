@@ -13,8 +13,10 @@ from torch import nn
 import fastsharp
 from fastsharp.measures.facts import one_pass
 from fastsharp.measures.fisher_rao import FisherRaoIdentity
+from fastsharp.measures.head import HeadFinder
 from fastsharp.measures.inputs import BoundaryTightness
 from fastsharp.measures.outputs import Confidence, LogitScale, Margin
+from fastsharp.measures.relative_flatness import HeadFlatness
 from fastsharp.objective import Objective
 from tests.cases import net
 from tests.oracles import measures as oracle
@@ -57,6 +59,8 @@ def test_input_side(name: str, dtype: torch.dtype) -> None:
     tight = fastsharp.boundary_tightness(n.model, n.batches, n.loss_fn)
     np.testing.assert_allclose(tight.per_sample.numpy(), d, rtol=10 * ROOM[dtype], atol=ROOM[dtype])
     assert math.isclose(tight.value, 1 / np.abs(d).mean(), rel_tol=ROOM[dtype])
+    far = np.abs(d)
+    assert math.isclose(tight.stderr, far.std(ddof=1) / math.sqrt(len(d)) / far.mean() ** 2, rel_tol=10 * ROOM[dtype])
     assert tight.interval[0] < tight.value < tight.interval[1]
     for of in ("logits", "probabilities"):
         want = oracle.input_jacobian_norms(net(name).model, n.whole, probabilities=of == "probabilities")
@@ -145,7 +149,7 @@ def test_one_pass_feeds_several_measures_with_the_same_numbers() -> None:
     together = [Margin(0.95), Confidence(0.95), LogitScale(0.95), FisherRaoIdentity(objective, 0.95)]
     calls = 0
     one_pass(objective, together, what="all")
-    assert calls == len(n.batches)
+    assert calls == len(n.batches) + 1  # the first batch's tangents are compared with its gradient
     calls = 0
     tightness = BoundaryTightness(0.95)
     one_pass(objective, [tightness, Margin(0.95)], what="all")
@@ -154,6 +158,20 @@ def test_one_pass_feeds_several_measures_with_the_same_numbers() -> None:
     alone.append(fastsharp.fisher_rao(n.model, n.batches, n.loss_fn).value)
     assert [m.result().value for m in together] == alone
     assert tightness.result().value == fastsharp.boundary_tightness(n.model, n.batches, n.loss_fn).value
+
+
+@pytest.mark.parametrize("name", ["cnn_residual", "gru"])
+def test_features_and_tangents_come_from_one_pass(name: str) -> None:
+    """The evaluations that check a tangent are no calls of a layer."""
+    n = net(name)
+    objective = Objective(n.model, n.batches, n.loss_fn)
+    finder = HeadFinder(n.model)
+    one_pass(objective, [finder], what="all", first_only=True)
+    flatness = HeadFlatness(finder.head("all"), kind="trace", normalize=True, confidence=0.95, room=1 << 30)
+    norm, margin = FisherRaoIdentity(objective, 0.95), Margin(0.95)
+    one_pass(objective, [flatness, norm, margin], what="all")
+    assert flatness.result().value == fastsharp.relative_flatness(n.model, n.batches, n.loss_fn).value
+    assert norm.result().value == fastsharp.fisher_rao(n.model, n.batches, n.loss_fn).value
 
 
 def test_rescaled_layers_and_temperature() -> None:
