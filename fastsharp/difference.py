@@ -27,9 +27,9 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
-from fastsharp.curvature.autograd import GaussNewtonGraph, lacks_second_derivative
+from fastsharp.curvature.autograd import GaussNewtonGraph, GradientGraph, lacks_second_derivative
 from fastsharp.curvature.mlp import double_product
-from fastsharp.curvature.network_output import network_output
+from fastsharp.curvature.form import HESSIAN, Form
 from fastsharp.curvature.rop.linearise import Linearised
 from fastsharp.curvature.rop.tape import record
 from fastsharp.losses import Loss, Value
@@ -171,35 +171,38 @@ class DoubleGradient:
 
     def exact(self, v: torch.Tensor) -> torch.Tensor:
         """A v at the weights by autograd, for the matrix of the operator."""
-        return self._by_autograd(self.theta, v)[0] if self._operator.kind == "hessian" else self._gauss_newton(v)
+        form = self._operator.form
+        return self._by_autograd(self.theta, v)[0] if form == HESSIAN else self.formed(form, v)
 
-    def _gauss_newton(self, v: torch.Tensor) -> torch.Tensor:
+    def formed(self, form: Form, v: torch.Tensor) -> torch.Tensor:
+        """A v at the weights by autograd, for the matrix of this form."""
         leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
         with self._doubled():
-            value = self._value(leaves)
-            product = GaussNewtonGraph(value.loss, network_output(value), leaves).product(self._layout.views(v))
+            output, loss = self._split(leaves, form)
+            graph = GradientGraph(loss, leaves) if output is None else GaussNewtonGraph(loss, output, leaves)
+            product = graph.product(self._layout.views(v))
         return torch.zeros_like(v) if product is None else torch.cat([p.reshape(-1) for p in product])
 
+    def _split(self, leaves: list[torch.Tensor], form: Form) -> tuple[torch.Tensor | None, torch.Tensor]:
+        seed = self._objective.draw_seed(self._key)
+        output, value = form.of(self._value(leaves), self._batch, self._loss, leaves, self._layout.names, seed)
+        return output, value.loss
+
     def by_engine(
-        self, v: torch.Tensor, rules: int | None = None, theta: torch.Tensor | None = None
+        self, v: torch.Tensor, rules: int | None = None, theta: torch.Tensor | None = None, form: Form | None = None
     ) -> tuple[torch.Tensor, list[tuple[str, str]]]:
         """(A v by the R-operator, its calls), by default at the weights; Unrecorded where there is no tape. `rules` as in `Linearised`."""
         leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta if theta is None else theta)]
-        gauss = self._operator.kind == "ggn"
-
-        def evaluate() -> tuple[torch.Tensor | None, torch.Tensor]:
-            value = self._value(leaves)
-            return network_output(value) if gauss else None, value.loss
-
+        form = form or self._operator.form
         out = torch.zeros_like(v)[None]
         with self._doubled():
-            linearised = Linearised(record(evaluate, leaves, modules=self._objective.model), rules=rules)
-            linearised.product(self._layout.rows(v[None]), self._layout.rows(out), gauss=gauss)
+            linearised = Linearised(record(lambda: self._split(leaves, form), leaves, modules=self._objective.model), rules=rules)
+            linearised.product(self._layout.rows(v[None]), self._layout.rows(out), gauss=form.gauss)
         return out[0], linearised.names
 
     def by_kernel(self, v: torch.Tensor) -> torch.Tensor:
         """A v at the weights by the native kernel; Unavailable where it does not apply."""
-        return double_product(self._objective, self._key, self._single, v, self._operator.kind == "ggn")
+        return double_product(self._objective, self._key, self._single, v, self._operator.form.gauss)
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """g(theta), (n,)."""
@@ -210,7 +213,7 @@ class DoubleGradient:
 
     def product(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(H v, g) at theta, by the engine where it computes the products and torch has no second derivative."""
-        return self._or_by_engine(lambda: self._by_autograd(theta, v), lambda: (self.by_engine(v, theta=theta)[0], self.gradient(theta)))
+        return self._or_by_engine(lambda: self._by_autograd(theta, v), lambda: (self.by_engine(v, theta=theta, form=HESSIAN)[0], self.gradient(theta)))
 
     def _or_by_engine(self, by_autograd: Callable[[], Found], by_engine: Callable[[], Found]) -> Found:
         """By the engine where it computes the products and torch has no second derivative."""

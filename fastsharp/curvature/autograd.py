@@ -10,7 +10,6 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request
-from fastsharp.curvature.network_output import check_separable, network_output
 from fastsharp.errors import DoubleBackwardError
 from fastsharp.params import ParamLayout
 
@@ -136,17 +135,13 @@ class GraphProducts(BatchProducts):
 
 def graph_products(request: Request) -> Made:
     """Products of any model that torch can differentiate twice."""
-    objective = request.objective
-    with request.autocast():
-        value = objective.evaluate(request.index, request.batch)
-    selection = objective.selection
+    output, value = request.evaluate()
+    selection = request.objective.selection
     graph: GradientGraph | GaussNewtonGraph
-    if request.gauss:
-        output = network_output(value)
-        check_separable(value.loss, output, selection.params, selection.names)
-        graph = GaussNewtonGraph(value.loss, output, selection.params)
-    else:
+    if output is None:
         graph = GradientGraph(value.loss, selection.params)
+    else:
+        graph = GaussNewtonGraph(value.loss, output, selection.params)
     return Made(GraphProducts(graph, selection.layout), value.scale, value.count)
 
 

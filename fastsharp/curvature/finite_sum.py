@@ -15,6 +15,7 @@ from fastsharp.batches import tensors_of
 from fastsharp.curvature.backends import MAKERS, SPECIAL, against, candidates, check_backend
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
 from fastsharp.curvature.cuda_graph import recorder_of
+from fastsharp.curvature.form import Form
 from fastsharp.curvature.kept import KeptSum, writable
 from fastsharp.errors import (
     DeviceError,
@@ -77,8 +78,13 @@ class FiniteSum(SymmetricOperator):
 
     @property
     @abstractmethod
+    def form(self) -> Form:
+        """Which matrix of a batch it is made of."""
+
+    @property
     def kind(self) -> str:
         """What `operator=` calls this matrix."""
+        return self.form.kind
 
     @property
     @abstractmethod
@@ -216,7 +222,8 @@ class FiniteSum(SymmetricOperator):
         reason = against(self.backend, self.objective) if len(self._candidates) > 1 else None  # a hook may be new since
         if reason:
             raise Unavailable(reason)
-        made = MAKERS[self.backend](Request(self.objective, index, batch, self.kind == "ggn", self._precision == "bf16"))
+        request = Request(self.objective, index, batch, self.form, self._precision == "bf16")
+        made = MAKERS[self.backend](request.exact() if self._precision else request)
         if made.products.not_finite:  # a saturated unit hides an Inf in the data from the loss
             raise non_finite_gradient([self.objective.selection.names[i] for i in made.products.not_finite], index, batch)
         self._islands.update(dict.fromkeys(made.products.islands))
@@ -293,7 +300,11 @@ class FiniteSum(SymmetricOperator):
                     f"the counts of the loss add up to {counts:g} over all batches, so that its mean is not defined.\n"
                     "Check for labels that are all ignored, class weights of zero, or a loss that returns a wrong (sum, count)."
                 )
-            self._denominator = 1.0 if self.objective.reduction == "sum" else counts
+            self._denominator = self.divisor(counts)
+
+    def divisor(self, counts: float) -> float:
+        """What the sum over batches is divided by; counts: that of their counts."""
+        return 1.0 if self.objective.reduction == "sum" else counts
 
     def _keep(self, index: int, products: BatchProducts, scale: float, ignore: set[int]) -> None:
         size = products.nbytes(ignore) if self._all_kept else 0

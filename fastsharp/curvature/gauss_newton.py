@@ -7,6 +7,7 @@ from typing import Any, final
 from torch import nn
 
 from fastsharp.curvature.finite_sum import FiniteSum
+from fastsharp.curvature.form import GAUSS_NEWTON
 from fastsharp.errors import InputError
 from fastsharp.losses import BatchLoss
 from fastsharp.params import Selector
@@ -23,7 +24,7 @@ class GGN(FiniteSum):
     Arguments, methods and errors are those of `fastsharp.Hessian`. Cost: 4U a vector where a batch's graph is kept.
     """
 
-    kind = "ggn"
+    form = GAUSS_NEWTON
     label = "the Gauss-Newton matrix"
 
     def __init__(

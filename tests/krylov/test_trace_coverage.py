@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastsharp import ops
-from fastsharp.krylov import quantiles
+from fastsharp import quantiles
 from fastsharp.krylov.estimate import Budget, Run
 from fastsharp.krylov.functions import Function, Quadrature
 from fastsharp.krylov.hutchinson import square_samples, trace_samples
