@@ -14,6 +14,7 @@ BELOW_OBJECTIVE = {"errors", "batches", "guard", "locate", "losses", "params"}
 ALLOWED = {
     "errors": {"results"},  # for types
     "rng": set(),
+    "quantiles": set(),
     "ops": {"errors"},
     "operator": {"errors"},
     "store": {"errors"},
@@ -25,12 +26,13 @@ ALLOWED = {
     "losses": {"errors", "batches"},
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,
-    "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
+    "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops", "quantiles", "results"},
     "results": {"errors", "plots", "params"},
-    "krylov": {"errors", "operator", "ops", "rng", "results"},
+    "krylov": {"errors", "operator", "ops", "quantiles", "rng", "results"},
     "difference": BELOW_OBJECTIVE | {"objective", "curvature"},
     "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
-    "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference", "engine_check"},
+    "score_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
+    "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference", "engine_check", "score_check"},
     "data": {"errors"},
     "models": {"errors"},
 }

@@ -90,10 +90,17 @@ class GaussNewtonGraph:
         if self._slope is None or not self._pulled:
             return None
         with _named(self._loss_node):
-            tangents = [tangent[i] for i in self._active]
-            (pushed,) = torch.autograd.grad(self._pulled, self._dual, tangents, retain_graph=True, materialize_grads=True)
+            pushed = self.pushed(tangent)
             (curved,) = torch.autograd.grad(self._slope, self._z, pushed, retain_graph=True, materialize_grads=True)
             return torch.autograd.grad(self._output, self._params, curved, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+    def pushed(self, tangent: Sequence[torch.Tensor]) -> torch.Tensor:
+        """J v."""
+        if not self._pulled:
+            return torch.zeros_like(self._z)
+        tangents = [tangent[i] for i in self._active]
+        (found,) = torch.autograd.grad(self._pulled, self._dual, tangents, retain_graph=True, materialize_grads=True)
+        return found
 
     def nodes(self) -> Iterator[Any]:
         """Every autograd node that products pass through."""

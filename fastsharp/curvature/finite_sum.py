@@ -87,6 +87,11 @@ class FiniteSum(SymmetricOperator):
         return self.form.kind
 
     @property
+    def by_sample(self) -> bool:
+        """Whether it is a mean of matrices of single samples, so that a part of the data gives a part of it."""
+        return True
+
+    @property
     @abstractmethod
     def label(self) -> str:
         """The matrix in a sentence: "the Hessian"."""

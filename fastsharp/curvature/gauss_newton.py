@@ -41,11 +41,7 @@ class GGN(FiniteSum):
         memory: str | int = "auto",
         seed: int = 0,
     ) -> None:
-        if isinstance(loss_fn, BatchLoss):
-            raise InputError(
-                "operator='ggn' splits the loss at the network's output, which a batch_loss does not show.\n"
-                "Pass loss_fn(output, target), or use operator='hessian'."
-            )
+        refuse_batch_loss(loss_fn, self.kind)
         super().__init__(
             model,
             loader,
@@ -57,4 +53,13 @@ class GGN(FiniteSum):
             backend=backend,
             memory=memory,
             seed=seed,
+        )
+
+
+def refuse_batch_loss(loss_fn: Any, kind: str) -> None:
+    """InputError for a loss that hides the network's output."""
+    if isinstance(loss_fn, BatchLoss):
+        raise InputError(
+            f"operator={kind!r} splits the loss at the network's output, which a batch_loss does not show.\n"
+            "Pass loss_fn(output, target), or use operator='hessian'."
         )
