@@ -111,6 +111,7 @@ def share(error: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, h: floa
 class DoubleGradient:
     """Gradient and product of a float64 copy of the objective on a few samples of one batch; the model is not touched.
 
+    cuttable  whether it can be evaluated on a part of its batch
     narrow   the operation whose result depends on the parameters and is in float32 for all that, None where there is none
     """
 
@@ -127,13 +128,13 @@ class DoubleGradient:
         self._constants = {name: _to_double(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._loss = _double_loss(self._objective.loss)
         self.theta = torch.cat([p.detach().double().reshape(-1) for p in self._objective.selection.params])
-        self._cuttable = True
+        self.cuttable = True
         self._settle()
 
     def _settle(self) -> None:
         """Evaluate once: a model may need its whole batch, or create tensors of the default dtype on its way."""
         for default, cuttable in ((self._default, True), (torch.float64, True), (torch.float64, False)):
-            self._default, self._cuttable = default, cuttable
+            self._default, self.cuttable = default, cuttable
             self.limit(_SAMPLES)
             try:
                 self.gradient(self.theta)
@@ -144,14 +145,19 @@ class DoubleGradient:
 
     def limit(self, samples: int, start: int = 0) -> None:
         """Use at most this many samples, from `start` on, where the batch can be cut."""
-        cut = head(self._original, start, start + samples) if self._cuttable and count_of(self._original) > samples else None
+        cut = head(self._original, start, start + samples) if self.cuttable and count_of(self._original) > samples else None
         self._single = self._original if cut is None else cut
         self._batch = tree_map(_to_double, self._single)
+
+    @property
+    def samples(self) -> int:
+        """How many there are at present."""
+        return count_of(self._single)
 
     def hardest(self, most: int) -> int:
         """Which of the first samples has the largest loss by itself."""
         losses = []
-        for start in range(min(most, count_of(self._original)) if self._cuttable else 0):
+        for start in range(min(most, count_of(self._original)) if self.cuttable else 0):
             try:
                 self.limit(1, start)
                 with self._doubled(), torch.no_grad():
@@ -176,16 +182,26 @@ class DoubleGradient:
 
     def formed(self, form: Form, v: torch.Tensor) -> torch.Tensor:
         """A v at the weights by autograd, for the matrix of this form."""
-        leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
-        with self._doubled():
-            output, loss = self._split(leaves, form)
+        with self.evaluation() as (value, leaves):
+            output, loss = self._split(value, leaves, form)
             graph = GradientGraph(loss, leaves) if output is None else GaussNewtonGraph(loss, output, leaves)
             product = graph.product(self._layout.views(v))
         return torch.zeros_like(v) if product is None else torch.cat([p.reshape(-1) for p in product])
 
-    def _split(self, leaves: list[torch.Tensor], form: Form) -> tuple[torch.Tensor | None, torch.Tensor]:
+    @contextmanager
+    def evaluation(self) -> Iterator[tuple[Value, list[torch.Tensor]]]:
+        """The loss at the weights with its graph, and the tensors that stand for the parameters."""
+        leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
+        with self._doubled():
+            yield self._value(leaves), leaves
+
+    def constants(self, form: Form, value: Value) -> Any:
+        """What a form's stand-in takes of an evaluation."""
+        return form.constants(value, self._batch, self._loss, self._objective.draw_seed(self._key))
+
+    def _split(self, value: Value, leaves: list[torch.Tensor], form: Form) -> tuple[torch.Tensor | None, torch.Tensor]:
         seed = self._objective.draw_seed(self._key)
-        output, value = form.of(self._value(leaves), self._batch, self._loss, leaves, self._layout.names, seed)
+        output, value = form.of(value, self._batch, self._loss, leaves, self._layout.names, seed)
         return output, value.loss
 
     def by_engine(
@@ -196,7 +212,8 @@ class DoubleGradient:
         form = form or self._operator.form
         out = torch.zeros_like(v)[None]
         with self._doubled():
-            linearised = Linearised(record(lambda: self._split(leaves, form), leaves, modules=self._objective.model), rules=rules)
+            tape = record(lambda: self._split(self._value(leaves), leaves, form), leaves, modules=self._objective.model)
+            linearised = Linearised(tape, rules=rules)
             linearised.product(self._layout.rows(v[None]), self._layout.rows(out), gauss=form.gauss)
         return out[0], linearised.names
 

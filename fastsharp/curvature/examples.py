@@ -36,7 +36,7 @@ def check_additive(objective: Objective, kind: str) -> None:
             raise InputError(
                 f"operator={kind!r} needs a loss that is a sum over examples, each depending on its own row of the output:\n"
                 f"here one example's row changes another's derivative by {leak:.1e} of it, and a batch's loss differs from its halves' by {gap:.1e}.\n"
-                "Use operator='hessian' or operator='ggn', which take any loss."
+                "Return (sum, count) where a mean over tokens is meant; operator='hessian' and 'ggn' take losses of any kind."
             )
         return
 

@@ -38,7 +38,7 @@ class Fisher(FiniteSum):
                 language model. With L = (1/N) sum_i l_i, g_i is the gradient of l_i, so that the mean of g_i is the gradient of L; N counts
                 all examples. Where L is a mean over tokens, l_i is N / (tokens in all) times the sum over the example's tokens. For
                 reduction "sum", L = sum_i l_i and E = sum_i g_i g_i'.
-    mc_samples  draws an example; the variance falls as 1 / mc_samples. A product costs nearly the same for any number
+    mc_samples  draws an example; the variance falls as 1 / mc_samples. A row of logits keeps a class a draw, other outputs a copy of theirs
     seed        of the draws (and of dropout's masks)
 
     Other arguments, methods and errors are those of `fastsharp.GGN`: the loss is split at the network's output. Cost: 4U a vector.
@@ -102,7 +102,9 @@ class Fisher(FiniteSum):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return super().settings if self.mc_samples is None else {**super().settings, "mc_samples": self.mc_samples}
+        if self.mc_samples is None:
+            return super().settings
+        return {**super().settings, "mc_samples": self.mc_samples, "draw_seed": self.objective.seed}
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -186,9 +186,10 @@ def recognised(objective: Objective, kind: str) -> Reading:
             if value.scale == 0.0:  # all its labels are ignored
                 continue
             output = network_output(value, kind)
-            for read in _readings(loss):
+            own = _own(loss)
+            for read in _tried() if own is None else own:
                 found = read(loss, value, output.detach(), batch)
-                if found is not None and _fits(found, value, output, seed=objective.draw_seed(kind)):
+                if found is not None and _fits(found, value, output, objective.draw_seed(kind), zero=own is not None):
                     return read
             break
     raise InputError(
@@ -211,24 +212,28 @@ def drawn_scores(read: Reading, samples: int) -> Callable[[Value, Tensor, Any, L
     return scores
 
 
-def _readings(loss: Loss) -> Iterator[Reading]:
-    """The one of a loss of torch's, else those to be tried."""
+def _own(loss: Loss) -> list[Reading] | None:
+    """How to read a loss of torch's, nothing where it has no distribution; None for other losses."""
     fn = loss.loss_fn.func if isinstance(loss.loss_fn, functools.partial) else loss.loss_fn
     mean = _option(loss, "reduction", "mean") != "sum"
     if isinstance(fn, nn.CrossEntropyLoss) or fn is F.cross_entropy:
-        yield cross_entropy(1, mean)
-    elif isinstance(fn, nn.MSELoss) or fn is F.mse_loss:
-        yield squared_error(mean)
-    elif isinstance(fn, nn.BCEWithLogitsLoss) or fn is F.binary_cross_entropy_with_logits:
-        yield binary_cross_entropy(mean)
-    elif not isinstance(fn, nn.NLLLoss) and fn is not F.nll_loss:
-        for each in (True, False):
-            yield from (cross_entropy(-1, each), cross_entropy(1, each), cross_entropy(-1, each, shifted=True))
-            yield from (binary_cross_entropy(each), squared_error(each))
+        return [cross_entropy(1, mean)]
+    if isinstance(fn, nn.MSELoss) or fn is F.mse_loss:
+        return [squared_error(mean)]
+    if isinstance(fn, nn.BCEWithLogitsLoss) or fn is F.binary_cross_entropy_with_logits:
+        return [binary_cross_entropy(mean)]
+    return [] if isinstance(fn, nn.NLLLoss) or fn is F.nll_loss else None  # log-probabilities: no curvature to know it by
 
 
-def _fits(found: Predictive, value: Value, output: Tensor, seed: int) -> bool:
-    """Whether E[r r'] u is H_L u for a random u, up to rounding; a curvature of zero fits nothing."""
+def _tried() -> Iterator[Reading]:
+    """Readings of a loss that is known by its values alone: with torch's defaults, a mean or a sum; labels perhaps of the next token."""
+    for mean in (True, False):
+        yield from (cross_entropy(-1, mean), cross_entropy(1, mean), cross_entropy(-1, mean, shifted=True))
+        yield from (binary_cross_entropy(mean), squared_error(mean))
+
+
+def _fits(found: Predictive, value: Value, output: Tensor, seed: int, *, zero: bool) -> bool:
+    """Whether E[r r'] u is H_L u for a random u, up to rounding; `zero`: also where both vanish, which tells nothing."""
     u = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(output.device, output.dtype)
     try:
         (slope,) = torch.autograd.grad(value.loss, output, create_graph=True)
@@ -236,7 +241,7 @@ def _fits(found: Predictive, value: Value, output: Tensor, seed: int) -> bool:
     except RuntimeError:  # no second derivative
         return False
     want, room = found.curvature(u).double(), found.rounding(u).double().norm() * 64 * torch.finfo(output.dtype).eps
-    return bool(want.norm() > 0.0) and bool((curved.double() - want).norm() <= GATE * want.norm() + room)
+    return (zero or bool(want.norm() > 0.0)) and bool((curved.double() - want).norm() <= GATE * want.norm() + room)
 
 
 def _target(loss: Loss, batch: Any) -> Tensor | None:
