@@ -230,7 +230,9 @@ class DoubleGradient:
 
     def product(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(H v, g) at theta, by the engine where it computes the products and torch has no second derivative."""
-        return self._or_by_engine(lambda: self._by_autograd(theta, v), lambda: (self.by_engine(v, theta=theta, form=HESSIAN)[0], self.gradient(theta)))
+        return self._or_by_engine(
+            lambda: self._by_autograd(theta, v), lambda: (self.by_engine(v, theta=theta, form=HESSIAN)[0], self.gradient(theta))
+        )
 
     def _or_by_engine(self, by_autograd: Callable[[], Found], by_engine: Callable[[], Found]) -> Found:
         """By the engine where it computes the products and torch has no second derivative."""

@@ -109,4 +109,6 @@ def _passed(error: float, gate: float, raised: type[EngineError] | type[InputErr
             f"a product misses {against} by {error:.1e} of its norm (gate {gate:.0e}): some example's gradient depends on the others.\n"
             "Look for a loss or a layer that mixes the examples of a batch; operator='hessian' and 'ggn' take those."
         )
-    raise EngineError(f"a product misses {against} by {error:.1e} of its norm (gate {gate:.0e}).\nUse operator='ggn', and report the model.")
+    raise EngineError(
+        f"a product misses {against} by {error:.1e} of its norm (gate {gate:.0e}).\nUse operator='ggn', and report the model."
+    )

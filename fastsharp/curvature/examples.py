@@ -34,8 +34,8 @@ def check_additive(objective: Objective, kind: str) -> None:
         gap = _gap(objective, index, batch, n)
         if leak > _EPS * torch.finfo(output.dtype).eps or gap > GATE:
             raise InputError(
-                f"operator={kind!r} needs a loss that is a sum over examples, each depending on its own row of the output:\n"
-                f"here one example's row changes another's derivative by {leak:.1e} of it, and a batch's loss differs from its halves' by {gap:.1e}.\n"
+                f"operator={kind!r} needs a loss that is a sum over examples, each of which sees its own data alone:\n"
+                f"here one example's output changes another's derivative by {leak:.1e} of it, and a batch's loss differs from its halves' by {gap:.1e}.\n"
                 "Return (sum, count) where a mean over tokens is meant; operator='hessian' and 'ggn' take losses of any kind."
             )
         return

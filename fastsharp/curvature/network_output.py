@@ -33,7 +33,9 @@ def network_output(value: Value, kind: str = "ggn") -> torch.Tensor:
     return found[0]
 
 
-def check_separable(loss: torch.Tensor, output: torch.Tensor, params: Sequence[torch.Tensor], names: Sequence[str], kind: str = "ggn") -> None:
+def check_separable(
+    loss: torch.Tensor, output: torch.Tensor, params: Sequence[torch.Tensor], names: Sequence[str], kind: str = "ggn"
+) -> None:
     """InputError where the loss reaches parameters other than through `output`: its second derivative has then terms that J' H_L J lacks."""
     wanted = {id(p): name for p, name in zip(params, names, strict=True)}
     beside = [wanted[key] for key in _leaves(loss.grad_fn, output.grad_fn) if key in wanted]

@@ -116,7 +116,9 @@ def _vectors(r: Tensor) -> Vectors:
     return Vectors(r.reshape(len(r), -1, r.shape[-1]))
 
 
-Reading = Callable[[Loss, Value, Tensor, Any], Predictive | None]  # (loss, value, output, batch) -> the distribution, None: it is not this one
+Reading = Callable[
+    [Loss, Value, Tensor, Any], Predictive | None
+]  # (loss, value, output, batch) -> the distribution, None: it is not this one
 
 
 def cross_entropy(dim: int, mean: bool, shifted: bool = False) -> Reading:
@@ -205,7 +207,9 @@ def drawn_scores(read: Reading, samples: int) -> Callable[[Value, Tensor, Any, L
     def scores(value: Value, output: Tensor, batch: Any, loss: Loss, seed: int) -> Scores:
         found = read(loss, value, output.detach(), batch)
         if found is None:
-            raise InputError("a batch's labels have another form than the first batch's, so that none can be drawn. Give all batches one form.")
+            raise InputError(
+                "a batch's labels have another form than the first batch's, so that none can be drawn. Give all batches one form."
+            )
         with torch.no_grad():
             return found.draw(samples, torch.Generator().manual_seed(seed))
 

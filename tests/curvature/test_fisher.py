@@ -161,7 +161,7 @@ def test_semidefinite_to_rounding(kind, dtype):
         A = operator.apply(torch.eye(operator.n, dtype=dtype)).double()
         values = torch.linalg.eigvalsh((A + A.T) / 2)
         assert relative(A.T, A) <= 16 * torch.finfo(dtype).eps
-        assert float(values[0]) >= -operator.n**0.5 * 16 * torch.finfo(dtype).eps * float(values[-1])
+        assert float(values[0]) >= -(operator.n**0.5) * 16 * torch.finfo(dtype).eps * float(values[-1])
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
