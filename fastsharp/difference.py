@@ -15,24 +15,21 @@ a loss near zero, whose gradient is rounding to the fifth digit), the smallest m
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
 from fastsharp.curvature.autograd import GaussNewtonGraph, GradientGraph, lacks_second_derivative
-from fastsharp.curvature.mlp import double_product
 from fastsharp.curvature.form import HESSIAN, Form
+from fastsharp.curvature.mlp import double_product
 from fastsharp.curvature.rop.linearise import Linearised
 from fastsharp.curvature.rop.tape import record
-from fastsharp.losses import Loss, Value
+from fastsharp.doubling import NARROW, Doubling, double_loss, to_double, with_weights
+from fastsharp.losses import Value
 
 if TYPE_CHECKING:
     from fastsharp.curvature.finite_sum import FiniteSum
@@ -45,8 +42,6 @@ _AGREE = 0.3  # errors of two steps closer than this share of their norm are one
 _ATTEMPTS = ((1.0, _SAMPLES, False), (0.1, _SAMPLES, False), (0.1, 4, True))  # share of the step, samples, beside the weights
 _LADDER = tuple(10.0**-e for e in range(7))  # shares of the step on one sample
 _CANDIDATES = 8  # samples among which the one with the largest loss is taken: a saturated one tells nothing
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 Found = TypeVar("Found")
 
 
@@ -125,8 +120,8 @@ class DoubleGradient:
         self.narrow: str | None = None
         model = self._objective.model
         # a buffer may be stored in float32 whatever the parameters are, so everything floating goes along
-        self._constants = {name: _to_double(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-        self._loss = _double_loss(self._objective.loss)
+        self._constants = {name: to_double(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._loss = double_loss(self._objective.loss)
         self.theta = torch.cat([p.detach().double().reshape(-1) for p in self._objective.selection.params])
         self.cuttable = True
         self._settle()
@@ -147,7 +142,7 @@ class DoubleGradient:
         """Use at most this many samples, from `start` on, where the batch can be cut."""
         cut = head(self._original, start, start + samples) if self.cuttable and count_of(self._original) > samples else None
         self._single = self._original if cut is None else cut
-        self._batch = tree_map(_to_double, self._single)
+        self._batch = tree_map(to_double, self._single)
 
     @property
     def samples(self) -> int:
@@ -263,8 +258,8 @@ class DoubleGradient:
             with objective.modes.applied(self._key, objective.mask_seed(self._key)):
                 return self._loss(self._batch)
 
-        value = _with_weights(objective.model, weights, call)
-        if value.loss.dtype in _NARROW:
+        value = with_weights(objective.model, weights, call)
+        if value.loss.dtype in NARROW:
             self.narrow = "the loss"
         return value
 
@@ -273,64 +268,8 @@ class DoubleGradient:
         before = torch.get_default_dtype()
         torch.set_default_dtype(self._default)
         try:
-            with _Doubling() as mode:
+            with Doubling() as mode:
                 yield
             self.narrow = self.narrow or mode.narrow
         finally:
             torch.set_default_dtype(before)
-
-
-class _Doubling(TorchFunctionMode):
-    """Casts that are written out in a model or loss (`x.float()`, `dtype=torch.float32`) go to float64, as do float32 constants
-    that meet float64 tensors (class weights in a closure, tables)."""
-
-    narrow: str | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func, kwargs = torch.Tensor.double if func in _CASTS else func, kwargs or {}
-        name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
-        meets = not writes and any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in (*args, *kwargs.values()))
-        result = func(*(_widened(a, meets) for a in args), **{k: _widened(v, meets) for k, v in kwargs.items()})
-        if isinstance(result, torch.Tensor) and result.dtype in _NARROW and result.requires_grad and self.narrow is None:
-            self.narrow = name or str(func)
-        return result
-
-
-def _widened(value: Any, tensors: bool) -> Any:
-    if tensors and isinstance(value, torch.Tensor) and value.dtype in _NARROW:
-        return value.double()
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
-
-
-def _with_weights(model: nn.Module, weights: dict[str, torch.Tensor], call: Callable[[], Value]) -> Value:
-    """call() while the model's parameters and buffers are `weights`; the loss object calls the model itself."""
-
-    class Swapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self) -> Value:
-            return call()
-
-    # recurrent modules keep a second list of their weights, which functional_call leaves at the swapped ones
-    lists = [(m, m._flat_weights, m._flat_weight_refs) for m in model.modules() if isinstance(m, nn.RNNBase)]
-    try:
-        result: Value = functional_call(Swapped(), {f"inner.{name}": t for name, t in weights.items()}, ())
-    finally:
-        for m, flat, refs in lists:
-            m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = flat, refs
-    return result
-
-
-def _double_loss(loss: Loss) -> Loss:
-    """The same loss with float64 weights of its own; the model it calls stays the same object."""
-    double = copy.copy(loss)
-    if isinstance(loss.loss_fn, nn.Module):
-        double.loss_fn = copy.deepcopy(loss.loss_fn).double()
-    return double
-
-
-def _to_double(t: torch.Tensor) -> torch.Tensor:
-    return t.double() if t.is_floating_point() else t

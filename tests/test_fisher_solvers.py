@@ -208,7 +208,7 @@ def test_the_preflight_sees_wrong_scores(monkeypatch):
     right = scores.Classes.quadratics
     with monkeypatch.context() as m:
         m.setattr(scores.Classes, "quadratics", lambda self, z: right(self, z) * 1.001)
-        with pytest.raises(EngineError, match="misses the scores written out by 1.0e-03"):
+        with pytest.raises(EngineError, match=r"misses the scores written out by 1\.0e-03"):
             run("fisher")
     with monkeypatch.context() as m:
         m.setattr(_Slope, "at", lambda self, z, r: (z * r).sum() * 1.001)

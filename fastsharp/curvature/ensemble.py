@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastsharp.batches import Batches
 from fastsharp.curvature.batch_products import Unavailable
-from fastsharp.curvature.finite_sum import FiniteSum, preflight_notes
+from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.mlp import agree
+from fastsharp.curvature.said import preflight_notes
 from fastsharp.curvature.stack import evaluated, flat, share, stacked
 from fastsharp.errors import InputError, of_member
 from fastsharp.guard import version_of

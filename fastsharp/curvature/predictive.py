@@ -71,7 +71,9 @@ class Categorical(Predictive):
         uniform = torch.rand(*z.shape[:-1], samples, generator=generator, dtype=torch.float64).to(z.device)
         rows, C = uniform.reshape(-1, samples), z.shape[-1]
         labels = []
-        for part, u in zip(*(t.split(max(1, _AT_ONCE // C)) for t in (z.reshape(-1, C), rows)), strict=True):
+        at_once = max(1, _AT_ONCE // C)
+        for start in range(0, len(rows), at_once):
+            part, u = z.reshape(-1, C)[start : start + at_once], rows[start : start + at_once]
             sums = part.double().softmax(-1).cumsum(-1)  # in float64 whatever the model's dtype is: the same labels
             labels.append(torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp_(max=C - 1))
         return Classes(self.p, torch.cat(labels).reshape(uniform.shape), self.weight, self.dim)

@@ -158,7 +158,7 @@ def test_the_interval_belongs_to_the_matrix():
         fastsharp.Fisher(model, [batch], mc_samples=2).interval(v)
     with pytest.raises(InputError, match="kind='mc'"):
         fastsharp.Fisher(model, [batch], kind="empirical").interval(v)
-    with pytest.raises(InputError, match="confidence is 1.5"):
+    with pytest.raises(InputError, match=r"confidence is 1\.5"):
         F8.interval(v, confidence=1.5)
     with pytest.raises(ShapeError, match="interval: v has shape"):
         F8.interval(v[None])
