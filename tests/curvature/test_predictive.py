@@ -123,6 +123,21 @@ def test_labels_of_the_next_token():
         fastsharp.Fisher(CausalLMHeadModel(0.5).double(), [batch])
 
 
+def test_models_of_transformers_shift_their_labels():
+    transformers = pytest.importorskip("transformers", reason="a causal model of the extra `models`")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, loss_type="ForCausalLMLoss")).double().eval()
+    tokens = torch.randint(31, (6, 8))
+    batch = {"input_ids": tokens, "labels": tokens.masked_fill(torch.rand(6, 8) < 0.3, -100)}
+    F2000, G = fastsharp.Fisher(model, [batch], mc_samples=2000), fastsharp.GGN(model, [batch])
+    v = torch.randn(G.n, dtype=torch.float64)
+    estimate = F2000.interval(v, confidence=0.9999)
+    assert estimate.interval[0] <= float(v @ (G @ v)) <= estimate.interval[1]
+    for kind in ("fisher", "empirical-fisher"):
+        assert fastsharp.lanczos(model, [batch], operator=kind, k=1).settings["preflight"]["reference"] <= 1e-12
+
+
 def classifier(seed: int = 0) -> tuple[nn.Module, Any]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
