@@ -13,6 +13,7 @@ from torch import nn
 import fastsharp
 from fastsharp.api.subject import OPERATORS
 from fastsharp.curvature import scores
+from fastsharp.curvature.batch_products import Request
 from fastsharp.curvature.residual import _Slope
 from fastsharp.errors import EngineError, InputError
 from tests.cases import net
@@ -89,6 +90,32 @@ def test_cheap_products_are_of_the_same_matrix(kind):
     found = fastsharp.lanczos(n.model, n.batches, n.loss_fn, operator=kind, k=1, precision="bf16", which="LA")
     values = torch.linalg.eigvalsh(dense(kind))
     assert float(found.eigenvalues[0]) == pytest.approx(float(values[-1]), rel=1e-3)
+
+
+def test_cheap_products_take_their_scores_from_exact_outputs():
+    """A confident network: in bf16 a logit of 20 is off by 0.06, and p - y by as much of itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 3))
+    x = torch.randn(40, 4)
+    with torch.no_grad():
+        model[2].weight *= 60.0
+        y = model(x).argmax(1)
+    operator = fastsharp.Residual(model, [(x, y)])
+    labelled = fastsharp.Fisher(model, [(x, y)], kind="empirical")
+    for A in (operator, labelled):
+        request = Request(A.objective, 0, (x, y), A.form, bf16=True)
+        with A.objective.quiet():
+            held, own = request.exact().constants, Request(A.objective, 0, (x, y), A.form).exact().constants
+            rounded = A.form.constants(*_in_bf16(A, (x, y)))
+        held, own, rounded = (c.r if isinstance(c, scores.Vectors) else c for c in (held, own, rounded))
+        assert torch.equal(held, own) and relative(rounded, own) > 0.02
+        v = torch.randn(A.n)
+        assert relative(A.cheap("bf16") @ v, A @ v) <= 0.02
+
+
+def _in_bf16(A: Any, batch: Any) -> tuple[Any, ...]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return A.objective.evaluate(0, batch), batch, A.objective.loss, 0
 
 
 def test_brackets_of_means_over_samples_alone():

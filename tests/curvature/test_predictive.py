@@ -14,6 +14,7 @@ from torch.func import hessian
 import fastsharp
 from fastsharp.curvature.network_output import network_output
 from fastsharp.curvature.predictive import recognised
+from fastsharp.curvature.scores import Vectors
 from fastsharp.errors import ArgumentTypeError, InputError, NondeterministicOperatorError, ShapeError
 from fastsharp.objective import Objective
 
@@ -96,6 +97,13 @@ def test_the_curvature_of_the_distribution_is_the_losss(name):
     R = found.draw(2, torch.Generator().manual_seed(0)).explicit(output.detach()).flatten(1)
     q = found.draw(2, torch.Generator().manual_seed(0)).quadratics(u)
     assert float(q.sum()) == pytest.approx(float((R @ u.reshape(-1)).square().sum()), rel=1e-12)
+
+
+def test_scores_written_out_carry_their_weight():
+    held, u = Vectors(torch.randn(N, K, 2, dtype=torch.float64), 3.0), torch.randn(N, K, dtype=torch.float64)
+    R = held.explicit(u).flatten(1)
+    assert len(R) == held.count
+    assert float((R @ u.reshape(-1)).square().sum()) == pytest.approx(float(held.quadratics(u).sum()), rel=1e-12)
 
 
 class CausalLMHeadModel(nn.Module):
