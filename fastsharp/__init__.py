@@ -31,8 +31,11 @@ from fastsharp.api import sharpness as sharpness
 from fastsharp.api import spectrum as spectrum
 from fastsharp.api import trace as trace
 from fastsharp.api import trace_function as trace_function
+from fastsharp.curvature.covariance import GradientCovariance as GradientCovariance
+from fastsharp.curvature.fisher import Fisher as Fisher
 from fastsharp.curvature.gauss_newton import GGN as GGN
 from fastsharp.curvature.hessian import Hessian as Hessian
+from fastsharp.curvature.residual import Residual as Residual
 from fastsharp.losses import batch_loss as batch_loss
 from fastsharp.measures import SampleEstimate as SampleEstimate
 from fastsharp.measures.eigen import hessian_measures as hessian_measures

@@ -93,7 +93,8 @@ class Batches:
     Frozen where they fit `budget` bytes: one pass over the loader (a generator will do), then the loader is not read again.
     Streamed where they do not: the loader is read in every pass, and the hashes of all samples, summed without regard to
     order, must come out as in the first pass. Where `ordered` is set, so must the samples of each batch by itself: a loss
-    that looks across a batch, frozen batch statistics and masks are functions of the grouping as well.
+    that looks across a batch, frozen batch statistics and masks are functions of the grouping as well. Where `in_order` is set, their
+    order in the batch too: labels drawn from a model go by it.
     """
 
     def __init__(self, data: Any, device: torch.device, budget: int) -> None:
@@ -103,9 +104,10 @@ class Batches:
         self.streamed = False
         self.nbytes = 0
         self.count = 0
-        self.ordered = False
+        self.ordered = self.in_order = False
         self._hash = 0
         self._by_batch: list[int] = []  # when streamed: the hash of each batch of the first pass
+        self._orders: list[int] = []  # and that of its order
         self._read_first_pass(budget)
         self._versions = self._present_versions()
 
@@ -117,11 +119,13 @@ class Batches:
         digest, count = 0, 0
         with self._draws():
             for index, batch in enumerate(b for b in self._loader if count_of(b)):
-                own = sum(_sample_hashes(batch)) % _MODULUS
+                hashes = _sample_hashes(batch)
+                own = sum(hashes) % _MODULUS
                 digest, count = (digest + own) % _MODULUS, count + count_of(batch)
-                if self.ordered and self._by_batch[index : index + 1] != [own]:
+                moved = self.in_order and self._orders[index : index + 1] != [hash(tuple(hashes))]
+                if moved or (self.ordered and self._by_batch[index : index + 1] != [own]):
                     raise NondeterministicOperatorError(
-                        f"batch {index} holds other samples than in the first pass, and this loss depends on how samples are grouped.\n"
+                        f"batch {index} holds other samples than in the first pass, or in another order, and the products depend on it.\n"
                         "Switch off shuffle, or raise memory= so that the data are frozen after one pass."
                     )
                 yield index, self._moved(batch)
@@ -197,7 +201,9 @@ class Batches:
                 if not self.streamed and self.nbytes + size > budget:
                     self._start_streaming(budget)
                 if self.streamed:
-                    self._by_batch.append(sum(_sample_hashes(batch)) % _MODULUS)
+                    hashes = _sample_hashes(batch)
+                    self._by_batch.append(sum(hashes) % _MODULUS)
+                    self._orders.append(hash(tuple(hashes)))
                     self._hash = (self._hash + self._by_batch[-1]) % _MODULUS
                 else:
                     self._frozen.append(self._moved(batch))
@@ -214,7 +220,8 @@ class Batches:
                 "Pass a DataLoader or a list of batches, or raise memory=."
             )
         self.streamed = True
-        self._by_batch = [sum(_sample_hashes(b)) % _MODULUS for b in self._frozen]
+        found = [_sample_hashes(b) for b in self._frozen]
+        self._by_batch, self._orders = [sum(hashes) % _MODULUS for hashes in found], [hash(tuple(hashes)) for hashes in found]
         self._hash = sum(self._by_batch) % _MODULUS
         self._frozen.clear()
 

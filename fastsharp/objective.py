@@ -191,6 +191,10 @@ class Objective:
         # 32 bits, since torch's CPU generator ignores the others; not hash(): that of a str differs between processes
         return zlib.crc32(repr((self.seed, key)).encode())
 
+    def draw_seed(self, key: Any) -> int:
+        """Seed of the labels that are drawn for the batch called `key`."""
+        return self.mask_seed(("draw", key))
+
     def _once(self, batch: Any) -> Value:
         """One evaluation of the whole first batch, or of a part of it by the recorded statistics of the whole."""
         with self.quiet(), torch.no_grad():

@@ -88,7 +88,12 @@ def bracket(
 
 
 def _check_samples(matrix: FiniteSum) -> None:
-    """The loss must be a mean over samples, each of them a function of the weights alone."""
+    """The matrix must be a mean over samples, each of them a function of the weights alone."""
+    if not matrix.by_sample:
+        raise InputError(
+            f"bracket: operator={matrix.kind!r} is no mean over samples that is known in part: its draws, or its mean gradient, belong to all data.\n"
+            "Use operator='ggn' or 'empirical-fisher', or fastsharp.lanczos."
+        )
     if matrix.objective.reduction == "sum":
         raise InputError("bracket: the loss is a sum, which grows with the number of samples. Pass reduction='mean', or a mean loss.")
     if matrix.objective.modes.by_batch():

@@ -41,7 +41,7 @@ def explain(
     """
     first = next(iter(as_loader(batch)), None)
     matrix = kind_of(operator)(model, [] if first is None else [first], loss_fn, params=params, bn=bn, dropout=dropout)
-    request = Request(matrix.objective, 0, matrix.objective.batches.first(), operator == "ggn")
+    request = Request(matrix.objective, 0, matrix.objective.batches.first(), matrix.form)
     *auto, last = candidates("auto", matrix.objective)
     declined: dict[str, str] = {}
     refusals: dict[str, str] = {}

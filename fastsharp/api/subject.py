@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastsharp.batches import Budget, available_memory
-from fastsharp.curvature import GGN, FiniteSum, Hessian
+from fastsharp.curvature import GGN, FiniteSum, Fisher, GradientCovariance, Hessian, Residual
 from fastsharp.errors import InputError, Interrupted
 from fastsharp.operator import DenseOperator, SymmetricOperator, as_operator
 from fastsharp.preflight import LEVELS
 from fastsharp.preflight import preflight as run_preflight
 
-OPERATORS: dict[str, type[Hessian] | type[GGN]] = {"hessian": Hessian, "ggn": GGN}
+OPERATORS: dict[str, Callable[..., FiniteSum]] = {
+    "hessian": Hessian,
+    "ggn": GGN,
+    "fisher": Fisher,
+    "empirical-fisher": partial(Fisher, kind="empirical"),
+    "gradient-covariance": GradientCovariance,
+    "residual": Residual,
+}
 
 
 def operator_of(
@@ -64,7 +72,7 @@ def operator_of(
     return as_operator(model)
 
 
-def kind_of(operator: str) -> type[Hessian] | type[GGN]:
+def kind_of(operator: str) -> Callable[..., FiniteSum]:
     """The class that `operator=` names."""
     if operator not in OPERATORS:
         raise InputError(f"operator={operator!r} is none of {', '.join(map(repr, OPERATORS))}.")

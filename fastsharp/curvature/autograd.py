@@ -10,7 +10,6 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request
-from fastsharp.curvature.network_output import check_separable, network_output
 from fastsharp.errors import DoubleBackwardError
 from fastsharp.params import ParamLayout
 
@@ -91,10 +90,17 @@ class GaussNewtonGraph:
         if self._slope is None or not self._pulled:
             return None
         with _named(self._loss_node):
-            tangents = [tangent[i] for i in self._active]
-            (pushed,) = torch.autograd.grad(self._pulled, self._dual, tangents, retain_graph=True, materialize_grads=True)
+            pushed = self.pushed(tangent)
             (curved,) = torch.autograd.grad(self._slope, self._z, pushed, retain_graph=True, materialize_grads=True)
             return torch.autograd.grad(self._output, self._params, curved, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+    def pushed(self, tangent: Sequence[torch.Tensor]) -> torch.Tensor:
+        """J v."""
+        if not self._pulled:
+            return torch.zeros_like(self._z)
+        tangents = [tangent[i] for i in self._active]
+        (found,) = torch.autograd.grad(self._pulled, self._dual, tangents, retain_graph=True, materialize_grads=True)
+        return found
 
     def nodes(self) -> Iterator[Any]:
         """Every autograd node that products pass through."""
@@ -136,17 +142,13 @@ class GraphProducts(BatchProducts):
 
 def graph_products(request: Request) -> Made:
     """Products of any model that torch can differentiate twice."""
-    objective = request.objective
-    with request.autocast():
-        value = objective.evaluate(request.index, request.batch)
-    selection = objective.selection
+    output, value = request.evaluate()
+    selection = request.objective.selection
     graph: GradientGraph | GaussNewtonGraph
-    if request.gauss:
-        output = network_output(value)
-        check_separable(value.loss, output, selection.params, selection.names)
-        graph = GaussNewtonGraph(value.loss, output, selection.params)
-    else:
+    if output is None:
         graph = GradientGraph(value.loss, selection.params)
+    else:
+        graph = GaussNewtonGraph(value.loss, output, selection.params)
     return Made(GraphProducts(graph, selection.layout), value.scale, value.count)
 
 
