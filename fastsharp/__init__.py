@@ -14,8 +14,17 @@ from fastsharp.api import logdet as logdet
 from fastsharp.api import spectrum as spectrum
 from fastsharp.api import trace as trace
 from fastsharp.api import trace_function as trace_function
+from fastsharp.composite import DiagonalOperator as DiagonalOperator
+from fastsharp.composite import identity_like as identity_like
 from fastsharp.curvature.gauss_newton import GGN as GGN
 from fastsharp.curvature.hessian import Hessian as Hessian
+from fastsharp.curvature.inputs import ActivationHessian as ActivationHessian
+from fastsharp.curvature.inputs import InputHessian as InputHessian
+from fastsharp.curvature.preconditioned import Preconditioned as Preconditioned
+from fastsharp.curvature.restriction import Coupling as Coupling
+from fastsharp.curvature.restriction import block_diagonal as block_diagonal
+from fastsharp.curvature.restriction import restrict as restrict
+from fastsharp.curvature.weight_decay import with_weight_decay as with_weight_decay
 from fastsharp.losses import batch_loss as batch_loss
 from fastsharp.operator import CallableOperator as CallableOperator
 from fastsharp.operator import CountingOperator as CountingOperator

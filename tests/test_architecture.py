@@ -15,7 +15,9 @@ ALLOWED = {
     "errors": {"results"},  # for types
     "rng": set(),
     "ops": {"errors"},
-    "operator": {"errors"},
+    "operator": {"errors", "composite", "linear_map"},  # sums and wrapped maps, when they are asked for
+    "composite": {"errors", "operator"},
+    "linear_map": {"errors", "operator"},
     "store": {"errors"},
     "recorded": {"errors", "operator", "store"},
     "params": {"errors"},
@@ -25,7 +27,7 @@ ALLOWED = {
     "losses": {"errors", "batches"},
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,
-    "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
+    "curvature": BELOW_OBJECTIVE | {"operator", "composite", "objective", "ops"},
     "results": {"errors", "plots", "params"},
     "krylov": {"errors", "operator", "ops", "rng", "results"},
     "difference": BELOW_OBJECTIVE | {"objective", "curvature"},

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastsharp.api.ensemble import ensemble_lanczos, is_ensemble
 from fastsharp.api.resume import recorded
-from fastsharp.api.subject import basis_memory, checked, operator_of
+from fastsharp.api.subject import Operator, basis_memory, checked, operator_of
 from fastsharp.errors import InputError
 from fastsharp.krylov.ladder import ladder
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
@@ -40,7 +40,7 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     precision: str = "auto",
     memory: str | int = "auto",
@@ -71,7 +71,7 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     precision: str = "auto",
     memory: str | int = "auto",
@@ -101,7 +101,7 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     precision: str = "auto",
     memory: str | int = "auto",
