@@ -51,6 +51,8 @@ class Composite(SymmetricOperator):
     def settings(self) -> dict[str, Any]:
         own = [dict(part.settings) for part in self.parts]
         outcomes = [s.pop("preflight") for s in own if "preflight" in s]
+        for s in own:
+            s.pop("memory", None)  # what has no effect on the products is not what a part is known by
         backends = dict.fromkeys(s["backend"] for s in own if "backend" in s)
         found: dict[str, Any] = {"operator": self.kind, **self.facts, "parts": own}
         if backends:
@@ -185,9 +187,9 @@ class DiagonalOperator(SymmetricOperator):
         if d.ndim != 1 or d.shape[0] == 0:
             raise ShapeError(f"DiagonalOperator: d has shape {tuple(d.shape)}, expected (n,) with n >= 1.")
         super().__init__(d.shape[0], d.dtype, d.device)
-        if not bool(torch.isfinite(d).all()):
+        self._constant = d.stride(0) == 0  # one number, however long: written out it would take memory
+        if not bool(torch.isfinite(d[:1] if self._constant else d).all()):
             raise NonFiniteError("DiagonalOperator: d holds NaN or Inf. Find where it was computed from bad data.")
-        self._constant = d.stride(0) == 0  # one number, however long: `clone` would write it out
         self._d = d.detach() if self._constant else d.detach().clone()
         self._layout = layout
 

@@ -19,6 +19,7 @@ from fastsharp.operator import SymmetricOperator
 
 _CLASSES = (torch.optim.Adam, torch.optim.AdamW)
 _CALL = "Preconditioned"
+_SPREAD_NOTE = 1e-3  # max P / min P times eps: a product's error of eps ||A||, where it is no smaller in rows that P^-1/2 blows up
 Preconditioner = torch.optim.Optimizer | torch.Tensor
 
 
@@ -54,13 +55,13 @@ class Preconditioned(Composite):
 
     @property
     def notes(self) -> tuple[str, ...]:
+        notes = []
         rates = sorted({float(group["lr"]) for group in self._groups})
-        if len(rates) < 2:
-            return super().notes
-        return (
-            *super().notes,
-            f"the optimizer's groups have learning rates from {rates[0]:g} to {rates[-1]:g}: no one threshold holds for all",
-        )
+        if len(rates) > 1:
+            notes.append(f"the optimizer's groups have learning rates from {rates[0]:g} to {rates[-1]:g}: no one threshold holds for all")
+        if self._spread * torch.finfo(self.dtype).eps > _SPREAD_NOTE:
+            notes.append(f"P spans a factor of {self._spread:.0e}: in {self.dtype} rounding may show in its rows; model.double() gives more digits")
+        return (*super().notes, *notes)
 
     @property
     def diagonal(self) -> torch.Tensor:
@@ -110,6 +111,7 @@ class Preconditioned(Composite):
             P = self._of_adam(check_optimizer(source, _CALL))
             self._marks = self._state_marks()
         self._root = P.rsqrt().to(self.dtype)
+        self._spread = float(P.max() / P.min())
 
     def _of_adam(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         if not steps_as(optimizer, *_CLASSES):
