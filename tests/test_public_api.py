@@ -13,16 +13,21 @@ import fastsharp
 
 CALLS = {"batch_loss", "bracket", "density", "explain", "frobenius", "info", "lanczos", "logdet", "spectrum", "trace", "trace_function"}
 CLASSES = {
+    "ActivationHessian",
     "Bracket",
     "CallableOperator",
     "CountingOperator",
+    "Coupling",
     "DenseOperator",
     "Density",
+    "DiagonalOperator",
     "Eigenpairs",
     "Estimate",
     "Explanation",
     "GGN",
     "Hessian",
+    "InputHessian",
+    "Preconditioned",
     "Spectrum",
     "SymmetricOperator",
     "Tracker",

@@ -135,7 +135,8 @@ def lanczos(
     reduction  "auto", "mean" (of the example-weighted mean) or "sum"
     bn         None refuses BatchNorm in train mode; "eval"; "frozen-batch-stats"
     dropout    None refuses active Dropout; "eval"; "fixed-masks"
-    operator   "hessian", or "ggn": the Gauss-Newton matrix J' H_L J, see `fastsharp.GGN`
+    operator   "hessian", or "ggn": the Gauss-Newton matrix J' H_L J, see `fastsharp.GGN`; an operator class; or a function
+               `(model, loader, loss_fn, **build)` that builds an operator, as a sum or a preconditioned matrix
     backend    "rop": a recorded tape linearised call by call; "autograd": torch's double backward; "mlp": a native kernel for plain
                fully connected nets; "auto": "mlp" where torch's own modules alone make such a net, "rop" where the model can be recorded,
                else "autograd", see `fastsharp.explain`

@@ -61,7 +61,7 @@ class Preconditioned(Composite):
             notes.append(f"the optimizer's groups have learning rates from {rates[0]:g} to {rates[-1]:g}: no one threshold holds for all")
         if self._spread * torch.finfo(self.dtype).eps > _SPREAD_NOTE:
             notes.append(
-                f"P spans a factor of {self._spread:.0e}: in {self.dtype} rounding may show in its rows; model.double() gives more digits"
+                f"P spans a factor of {self._spread:.0e}: rounding in {self.dtype} may show; a float64 copy of the model with P=A.diagonal.double() gives more digits"
             )
         return (*super().notes, *notes)
 
