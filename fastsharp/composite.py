@@ -161,6 +161,12 @@ class LinearCombination(Composite):
     def facts(self) -> dict[str, Any]:
         return {"coefficients": list(self.coefficients)}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        data = dict.fromkeys(str(facts["data_hash"]) for facts in (part.provenance for part in self.parts) if "data_hash" in facts)
+        different = [f"the parts of {self.kind} are over different data: {len(data)} hashes"] if len(data) > 1 else []
+        return (*super().notes, *different)
+
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
         first, *rest = zip(self.coefficients, self.parts, strict=True)
         c, part = first

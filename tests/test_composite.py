@@ -144,6 +144,21 @@ def test_a_sum_with_a_part_nobody_looked_at_is_probed():
         fastsharp.lanczos(H + CallableOperator(lambda v: skew @ v, H.n, torch.float64), k=1)
 
 
+def test_a_part_nobody_looked_at_costs_the_probes():
+    H = hessian("mlp_tanh")
+    sums = (H + fastsharp.identity_like(H), H + CallableOperator(lambda v: v, H.n, torch.float64))
+    probes = [fastsharp.lanczos(made, k=1, method="lanczos").settings["probe_products"] for made in sums]
+    assert probes == [0, 4]
+    assert fastsharp.lanczos(sums[1], k=1, method="lanczos", preflight="off").settings["probe_products"] == 0
+
+
+def test_parts_over_other_data_are_noted():
+    n = net("mlp_tanh")
+    H, G = fastsharp.Hessian(n.model, n.batches, n.loss_fn), fastsharp.GGN(n.model, n.batches[:2], n.loss_fn)
+    assert any("hessian - ggn are over different data" in note for note in (H - G).notes)
+    assert not any("different data" in note for note in (H - fastsharp.GGN(n.model, n.batches[::-1], n.loss_fn)).notes)
+
+
 def test_a_sum_follows_the_weights():
     n = net("mlp_tanh")
     made = fastsharp.Hessian(n.model, n.batches, n.loss_fn) + fastsharp.GGN(n.model, n.batches, n.loss_fn)

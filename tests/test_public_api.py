@@ -12,6 +12,7 @@ from torch import nn
 import fastsharp
 
 CALLS = {"batch_loss", "bracket", "density", "explain", "frobenius", "info", "lanczos", "logdet", "spectrum", "trace", "trace_function"}
+CALLS |= {"block_diagonal", "identity_like", "restrict", "with_weight_decay"}
 CLASSES = {
     "ActivationHessian",
     "Bracket",
