@@ -11,7 +11,38 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "bracket", "density", "explain", "frobenius", "info", "lanczos", "logdet", "spectrum", "trace", "trace_function"}
+CALLS = {
+    "batch_loss",
+    "batch_sharpness",
+    "boundary_tightness",
+    "bracket",
+    "coherence",
+    "critical_sharpness",
+    "density",
+    "directional_sharpness",
+    "edge_of_stability",
+    "explain",
+    "fisher_rao",
+    "frobenius",
+    "gradient_overlap",
+    "hessian_measures",
+    "info",
+    "input_jacobian",
+    "lanczos",
+    "logdet",
+    "logit_scale",
+    "loss_trace",
+    "margin",
+    "measure",
+    "prediction_confidence",
+    "relative_flatness",
+    "sample_curvature",
+    "sharpness",
+    "load",
+    "spectrum",
+    "trace",
+    "trace_function",
+}
 CALLS |= {"block_diagonal", "identity_like", "restrict", "with_weight_decay"}
 CLASSES = {
     "ActivationHessian",
@@ -29,6 +60,10 @@ CLASSES = {
     "Hessian",
     "InputHessian",
     "Preconditioned",
+    "Landscape2D",
+    "Report",
+    "SampleEstimate",
+    "Sharpness",
     "Spectrum",
     "SymmetricOperator",
     "Tracker",
