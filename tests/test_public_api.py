@@ -43,12 +43,16 @@ CALLS = {
     "trace",
     "trace_function",
 }
+CALLS |= {"block_diagonal", "identity_like", "restrict", "with_weight_decay"}
 CLASSES = {
+    "ActivationHessian",
     "Bracket",
     "CallableOperator",
     "CountingOperator",
+    "Coupling",
     "DenseOperator",
     "Density",
+    "DiagonalOperator",
     "Eigenpairs",
     "Estimate",
     "Explanation",
@@ -56,6 +60,8 @@ CLASSES = {
     "GGN",
     "GradientCovariance",
     "Hessian",
+    "InputHessian",
+    "Preconditioned",
     "Landscape2D",
     "Report",
     "SampleEstimate",
