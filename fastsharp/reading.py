@@ -91,18 +91,15 @@ def _told(e: Exception, loader: Any, batches: Any, where: str, index: int) -> Lo
 
 def _death(text: str, pids: str, workers: Iterable[Any], when: str) -> LoaderError:
     """The error for workers that are gone, with number and signal where they are known."""
-    known = re.search(r"killed by signal: ([\w ]+?)\s*\.", text)
     codes = {str(w.pid): (i, w.exitcode) for i, w in enumerate(workers)}
     number, code = codes.get(pids.strip(), (None, None))
+    told = re.search(r"killed by signal: ([\w ]+?)\s*\.", text)
+    name = signal.strsignal(-code) if code is not None and code < 0 else told.group(1) if told else None
     who = f"worker {number} of the loader" if number is not None else "a worker of the loader"
-    if known:
-        how = f"was killed ({known.group(1)})"
-    elif code is not None and code < 0:
-        how = f"was killed ({signal.Signals(-code).name})"
-    else:
-        how = "is gone" if code is None else f"ended with exit code {code}"
+    how = f"was killed by a signal ({name})" if name else f"ended by itself (exit code {code})" if code is not None else "is gone"
+    guess = "; as a rule the system ran out of memory" if name in (None, signal.strsignal(signal.SIGKILL)) and code in (None, -9) else ""
     return LoaderError(
-        f"{who} (process {pids}) {how} {when}; as a rule the system ran out of memory.\n"
+        f"{who} (process {pids}) {how} {when}{guess}.\n"
         "Use fewer workers (num_workers=) or smaller batches; num_workers=0 shows an error of the data set itself."
     )
 

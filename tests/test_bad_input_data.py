@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import fastsharp
 from fastsharp.errors import (
     BatchFormatError,
+    DtypeError,
     EmptyLoaderError,
     LabelError,
     LabelShapeError,
@@ -29,7 +30,7 @@ from tests.curvature.checks import spectrum
 from tests.oracles.dense import dense_hessian, eigenvalues
 from tests.unchanged import refuses, unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "row")
 LOSS = nn.CrossEntropyLoss()
 
 
@@ -252,5 +253,9 @@ def test_A17_batches_of_three_tensors():
 
 
 def test_A18_float32_data_for_a_float64_model():
-    with unchanged(mlp()), pytest.raises(RuntimeError, match="dtype"):
-        fastsharp.lanczos(mlp(torch.float64), [whole()], LOSS, k=2)
+    model = mlp(torch.float64)
+    with refuses(DtypeError, "the data", "float32", "float64", "model.float()", model=model):
+        fastsharp.lanczos(model, [whole()], LOSS, k=2)
+    model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3).double().requires_grad_(False))
+    with refuses(DtypeError, "'1.weight'", "float32", "float64", model=model):
+        fastsharp.lanczos(model, [whole()], LOSS, k=2)

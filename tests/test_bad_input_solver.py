@@ -12,7 +12,7 @@ from tests.cases import Net, net
 from tests.curvature.checks import exact, spectrum
 from tests.unchanged import refuses, unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "row")
 
 
 @pytest.fixture
