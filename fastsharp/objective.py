@@ -227,9 +227,10 @@ class Objective:
             held = [(repr(name), t) for name, t in self._state()] + [("the data", t) for t in tensors_of(self.batches.first())]
             for name, t in held:
                 if (t.is_floating_point() or t.is_complex()) and t.dtype != self.dtype:
+                    advice = "the batches with .to" if name == "the data" else "it with .to"
                     raise DtypeError(
-                        f"{name}: {t.dtype}, where the chosen parameters are {self.dtype}, and torch refuses to mix them: {str(e).splitlines()[0]}.\n"
-                        "Convert the data or the model, e.g. with model.float()."
+                        f"{name}: {t.dtype}, but the chosen parameters are {self.dtype}, and torch does not mix them here ({_first_line(e)}).\n"
+                        f"Convert {advice}({self.dtype}), or the whole model with model.float() or model.double()."
                     ) from e
             raise
 
@@ -270,6 +271,10 @@ def weights_hash(params: Iterable[torch.Tensor]) -> str:
     for p in params:
         digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _first_line(e: BaseException) -> str:
+    return str(e).strip().split("\n")[0][:160]
 
 
 def stale(changed: list[str]) -> StaleOperatorError:

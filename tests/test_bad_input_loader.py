@@ -78,8 +78,9 @@ def test_A19_loader_raises(workers):
 
 
 @a_row
-def test_A19_in_a_later_pass_keeps_the_pairs_and_the_log(tmp_path: Path):
+def test_A19_in_a_later_pass_keeps_the_pairs_and_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Streamed data that fail in the middle of a run: `.partial` has the pairs so far, `resume=` the products."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # power stays on, and a disk may be slow
     model, log = net("mlp_tanh", torch.float32).model, tmp_path / "run.log"
     reads = [0]
 

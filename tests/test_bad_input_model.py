@@ -254,7 +254,7 @@ def test_B27_relu_and_max_pool():
         result = top(n.model, n.batches, tol=1e-5)
     assert error(result, spectrum("cnn_batchnorm_eval")) <= 1e-5
     (note,) = [note for note in result.notes if "a.e. Hessian" in note]
-    assert "relu, max_pool" in note.replace("max_pool, relu", "relu, max_pool") and "operator='ggn'" in note
+    assert "relu" in note and "max_pool" in note and "operator='ggn'" in note
     for smooth in (top(n.model, n.batches, operator="ggn", tol=1e-5), top(net("mlp_tanh").model, net("mlp_tanh").batches)):
         assert not any("a.e." in note for note in smooth.notes)
 

@@ -155,8 +155,8 @@ class FiniteSum(SymmetricOperator):
         notes = self.objective.notes()
         if self.objective.kinks and self.kind == "hessian":
             notes.append(
-                f"almost-everywhere (a.e.) Hessian: {listing(self.objective.kinks, 4)} has no second derivative at its kinks, "
-                "the smooth piece around the weights is meant; operator='ggn' needs none"
+                f"a.e. Hessian (almost everywhere): no second derivative at the kinks of {listing(self.objective.kinks, 4)}; "
+                "that of the smooth piece around the weights is meant. operator='ggn' needs none"
             )
         if self.objective.uses_attention and self.backend == "autograd":
             notes.append("attention ran on torch's MATH kernel, the one with a second derivative")
