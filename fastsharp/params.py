@@ -102,7 +102,9 @@ def select(model: nn.Module, params: Selector = None) -> Selection:
     names, aliases = _unique(model)
     if not any(p.is_floating_point() or p.is_complex() for p in names.values()):
         kind = "floating parameters" if names or quantised(model) else "parameters at all"
-        advice = "Measure the float model before its conversion." if quantised(model) else "Pass a model with at least one trainable parameter."
+        advice = (
+            "Measure the float model before its conversion." if quantised(model) else "Pass a model with at least one trainable parameter."
+        )
         raise NoParametersError(f"{type(model).__name__} has no {kind}. {advice}")
     wanted = _wanted(names, aliases, params)
     frozen = tuple(name for name in wanted if not names[name].requires_grad)
@@ -180,7 +182,9 @@ def _check_one(name: str, p: torch.Tensor) -> None:
     if p.is_meta:
         raise DeviceError(f"parameter {name!r} is on the meta device, without values. Load the weights first.")
     if p.is_inference():
-        raise InferenceTensorError(f"parameter {name!r} was created under inference_mode. Rebuild the model outside of it, or clone its parameters.")
+        raise InferenceTensorError(
+            f"parameter {name!r} was created under inference_mode. Rebuild the model outside of it, or clone its parameters."
+        )
     if p.is_complex():
         raise DtypeError(f"parameter {name!r} is {p.dtype}; a real symmetric Hessian needs real parameters. Use torch.view_as_real.")
     if p.dtype not in (torch.float32, torch.float64):

@@ -109,7 +109,10 @@ def test_A20_loader_worker_is_killed(fault, word):
 
 
 def test_A20_a_death_that_is_reported_between_two_batches():
-    with pytest.raises(LoaderError, match=r"process 4711\) was killed by a signal \(Killed\) between two batches; .* memory"), deaths_told():
+    with (
+        pytest.raises(LoaderError, match=r"process 4711\) was killed by a signal \(Killed\) between two batches; .* memory"),
+        deaths_told(),
+    ):
         raise RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")
     with pytest.raises(RuntimeError, match="^something else$"), deaths_told():
         raise RuntimeError("something else")

@@ -76,6 +76,7 @@ def test_D6_invariant_subspace():
     want = torch.cat([values, torch.zeros(4)])
     assert float((result.eigenvalues - want).abs().max()) <= 1e-5 * float(want[0])
     assert bool(result.converged.all())
+    assert any("restarted with a random vector" in note for note in result.notes)
 
 
 def test_D7_operator_that_is_not_symmetric():

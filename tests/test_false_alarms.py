@@ -77,5 +77,3 @@ def test_P20_no_false_alarm(name: str, trained: bool, dtype: torch.dtype) -> Non
         assert outcome["repeat"] == 0.0
         assert outcome["finite_difference"] <= DIFFERENCE_GATE, (seed, outcome)
         assert outcome["data"] == ("same" if trained else "read once")
-
-

@@ -138,7 +138,9 @@ def test_P12_operations_with_kinks_are_noted_and_no_others(word):
     assert [word in note for note in found] == ([True] if word in KINKED else [])
 
 
-@pytest.mark.parametrize("operation", [torch.abs, lambda x: x.clamp(min=0), lambda x: torch.maximum(x, -x / 2), lambda x: x - x.amax(1, True)])
+@pytest.mark.parametrize(
+    "operation", [torch.abs, lambda x: x.clamp(min=0), lambda x: torch.maximum(x, -x / 2), lambda x: x - x.amax(1, True)]
+)
 def test_P12_kinks_written_as_functions(operation):
     n = net("mlp_tanh")
     H = fastsharp.Hessian(n.model, n.batches, lambda o, t: F.cross_entropy(operation(o), t), reduction="mean")

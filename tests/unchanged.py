@@ -50,7 +50,9 @@ def snapshot(model: nn.Module | None, data: tuple[torch.Tensor, ...] = ()) -> di
 
 
 def _tensor(t: torch.Tensor) -> tuple[int, Any, bytes]:
-    values = b"" if t.is_meta or isinstance(t, FakeTensor) else t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    values = (
+        b"" if t.is_meta or isinstance(t, FakeTensor) else t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    )
     return id(t), t.dtype, values
 
 

@@ -189,7 +189,9 @@ class Tridiagonal:
     def _compress(self) -> None:
         """Thick restart: the Ritz vectors that `keep` names, and the next Lanczos vector behind them."""
         if self._keep is None:
-            raise InputError(f"{self.call}: the basis holds {self._basis.capacity} rows and is full. Pass keep= to restart it, or more rows.")
+            raise InputError(
+                f"{self.call}: the basis holds {self._basis.capacity} rows and is full. Pass keep= to restart it, or more rows."
+            )
         compress(self._basis, self.blocks, self._keep, self.eps, self.norm)
         self.thick_restarts += 1
 
