@@ -114,7 +114,7 @@ def test_A20_a_death_that_is_reported_between_two_batches():
         deaths_told(),
     ):
         raise RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")
-    with pytest.raises(RuntimeError, match="^something else$"), deaths_told():
+    with pytest.raises(RuntimeError, match=r"^something else$"), deaths_told():
         raise RuntimeError("something else")
 
 

@@ -191,7 +191,7 @@ def test_an_exception_in_the_loader_is_the_cause_of_one_that_says_where():
             return super().__getitem__(i)
 
     n = net("mlp_tanh")
-    with unchanged(n.model), pytest.raises(LoaderError, match="batch 1 of pass 1 .* OSError: sample 7 is unreadable") as caught:
+    with unchanged(n.model), pytest.raises(LoaderError, match=r"batch 1 of pass 1 .* OSError: sample 7 is unreadable") as caught:
         fastsharp.lanczos(n.model, DataLoader(Breaking(*n.whole), batch_size=4), n.loss_fn)
     assert isinstance(caught.value.__cause__, OSError)
 
