@@ -16,6 +16,8 @@ from fastsharp.errors import FastsharpError, LoaderError, LoaderTimeoutError
 STALL = 300.0  # seconds without a batch from the workers of a DataLoader that states no timeout of its own
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")  # torch's words for a worker that is gone
 
+_WORKER = re.compile(r"Caught \w+ in DataLoader worker process (\d+)")
+
 
 def watched(loader: Iterable[Any]) -> Iterable[Any]:
     """The loader itself, or a copy with a time limit where it reads by workers without one: torch would wait for ever.
@@ -65,6 +67,17 @@ def deaths_told() -> Iterator[None]:
         raise _death(str(e), dead.group(1), (), "between two batches") from e
 
 
+@contextmanager
+def sample_read(i: int) -> Iterator[None]:
+    """Around `dataset[i]`: LoaderError from what it raises."""
+    try:
+        yield
+    except (FastsharpError, MemoryError):
+        raise
+    except Exception as e:
+        raise LoaderError(f"sample {i} could not be read: {_cause(e)}.\nLook at dataset[{i}]; leave it out or repair it.") from e
+
+
 def _told(e: Exception, loader: Any, batches: Any, where: str, index: int) -> LoaderError:
     text = str(e)
     if isinstance(e, RuntimeError) and "DataLoader timed out" in text:
@@ -74,19 +87,23 @@ def _told(e: Exception, loader: Any, batches: Any, where: str, index: int) -> Lo
         )
     if isinstance(e, RuntimeError) and (dead := _DEAD.search(text)):
         return _death(text, dead.group(1), getattr(batches, "_workers", ()), f"while {where} was read")
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-    by_worker = re.match(r"Caught \w+ in DataLoader worker process (\d+)", lines[0])
-    cause = lines[-1] if by_worker else f"{type(e).__name__}: {lines[0]}"
+    by_worker = _WORKER.match(text)
     sample = _sample(e, loader)
     if sample is not None:
         return LoaderError(
-            f"{where} could not be read: {cause[:200]} (sample {sample!r}).\nLook at loader.dataset[{sample!r}]; leave it out or repair it."
+            f"{where} could not be read: {_cause(e)} (sample {sample!r}).\nLook at loader.dataset[{sample!r}]; leave it out or repair it."
         )
     whose = f", in worker {by_worker.group(1)}" if by_worker else ""
     return LoaderError(
-        f"{where} could not be read{_range(loader, index)}{whose}: {cause[:200]}.\n"
+        f"{where} could not be read{_range(loader, index)}{whose}: {_cause(e)}.\n"
         "The loader's own exception is the cause above; repair that sample or leave it out."
     )
+
+
+def _cause(e: Exception) -> str:
+    """The exception in one line; a worker's is the last line of the text that torch sends."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
+    return (lines[-1] if _WORKER.match(str(e)) else f"{type(e).__name__}: {lines[0]}")[:200]
 
 
 def _death(text: str, pids: str, workers: Iterable[Any], when: str) -> LoaderError:

@@ -24,7 +24,7 @@ ALLOWED = {
     "parallel": {"errors"},
     "reading": {"errors"},
     "batches": {"errors", "guard", "reading"},
-    "samples": {"errors", "batches", "guard"},
+    "samples": {"errors", "batches", "guard", "reading"},
     "losses": {"errors", "batches"},
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,

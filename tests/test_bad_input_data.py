@@ -232,7 +232,10 @@ def test_A15_target_that_would_be_broadcast():
         fastsharp.lanczos(model, [batch], nn.MSELoss(), k=2)
 
 
-def test_A16_dict_without_a_target():
+def test_A16_dict_batches():
+    n = net("hf_style")
+    result = fastsharp.lanczos(n.model, n.batches, n.loss_fn, k=3, method="lanczos", tol=1e-9)
+    assert float((result.eigenvalues - spectrum("hf_style")[:3]).abs().max()) <= 1e-10
     model = mlp()
     with refuses(BatchFormatError, "'x', 'extra'", "batch_loss", model=model):
         fastsharp.lanczos(model, [{"x": whole()[0], "extra": whole()[0]}], LOSS, k=2)

@@ -78,6 +78,13 @@ def test_A19_loader_raises(workers):
 
 
 @a_row
+def test_A19_where_samples_are_read_one_by_one():
+    model = net("mlp_tanh", torch.float32).model
+    with refuses(LoaderError, "sample 7 could not be read: OSError: the picture is cut off", "dataset[7]", model=model):
+        fastsharp.bracket(model, Rows(unreadable), LOSS)
+
+
+@a_row
 def test_A19_in_a_later_pass_keeps_the_pairs_and_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Streamed data that fail in the middle of a run: `.partial` has the pairs so far, `resume=` the products."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # power stays on, and a disk may be slow
