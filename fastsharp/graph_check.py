@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,16 +44,16 @@ def examine(model: nn.Module, loss: torch.Tensor, params: Sequence[torch.Tensor]
     Raises DoubleBackwardError for an operation that autograd passes through without a derivative (a quantised layer, a kernel that was
     registered without one), SparseGradError where an embedding gives one of `params` a sparse gradient.
     """
-    chosen = {id(p) for p in params}
+    active = _between(loss, {id(p) for p in params})
     kinks: dict[str, None] = {}
-    for node in _nodes(loss):
+    for node in active:
         name = node.name()
         if "NotImplemented" in name:
             raise DoubleBackwardError(
                 f"an operation between the parameters and the loss has no derivative{_quantised(model)}: autograd would take it for a constant.\n"
                 "Measure the float model before its conversion, or register a derivative for the operation (torch.library.register_autograd)."
             )
-        if name.startswith("Embedding") and getattr(node, "_saved_sparse", False) and _reaches(node, chosen):
+        if name.startswith("Embedding") and getattr(node, "_saved_sparse", False) and node.next_functions[0][0] in active:
             raise SparseGradError(
                 f"{_sparse_module(model)} has sparse gradients, of which second derivatives do not exist in torch. Set its sparse=False."
             )
@@ -67,21 +67,25 @@ def quantised(model: nn.Module) -> list[str]:
     return [name or "the model itself" for name, _ in found if not name.endswith("_packed_params")]
 
 
-def _nodes(loss: torch.Tensor) -> Iterator[Any]:
-    pending, seen = [loss.grad_fn], {None}
+def _between(loss: torch.Tensor, chosen: set[int]) -> dict[Any, None]:
+    """The nodes through which the loss depends on the parameters with these ids, from the parameters on."""
+    users: dict[Any, list[Any]] = {loss.grad_fn: []} if loss.grad_fn is not None else {}
+    pending = list(users)
     while pending:
-        node: Any = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        pending.extend(following for following, _ in node.next_functions)
-
-
-def _reaches(node: Any, chosen: set[int]) -> bool:
-    """Whether an embedding's weight is a chosen parameter, or computed from others."""
-    weight = node.next_functions[0][0]
-    return weight is not None and (not hasattr(weight, "variable") or id(weight.variable) in chosen)
+        node = pending.pop()
+        for following, _ in node.next_functions:
+            if following is not None:
+                if following not in users:
+                    users[following] = []
+                    pending.append(following)
+                users[following].append(node)
+    pending = [node for node in users if id(getattr(node, "variable", None)) in chosen]
+    found = dict.fromkeys(pending)
+    while pending:
+        above = [user for user in users[pending.pop()] if user not in found]
+        found |= dict.fromkeys(above)
+        pending += above
+    return found
 
 
 def _quantised(model: nn.Module) -> str:

@@ -100,6 +100,16 @@ def test_B14_partly_quantised_model(where, backend):
 
 
 @a_row
+def test_B14_a_quantised_layer_before_the_measured_ones_is_no_alarm():
+    x, y = net("mlp_tanh", torch.float32).whole
+    first, last = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), quantised(nn.Sequential(nn.Linear(6, 5)))), nn.Linear(5, 3)
+    result = fastsharp.lanczos(nn.Sequential(first, last), [(x, y)], LOSS, k=2, params="1.*")
+    alone = fastsharp.lanczos(last, [(first(x).detach(), y)], LOSS, k=2)
+    assert float((result.eigenvalues - alone.eigenvalues).abs().max()) <= 1e-5
+    assert not any("kinks" in note for note in result.notes)  # the ReLU lies before them too
+
+
+@a_row
 def test_B14_an_operation_registered_without_a_derivative():
     @torch.library.custom_op("fastsharp_tests::square", mutates_args=())
     def square(x: torch.Tensor) -> torch.Tensor:
