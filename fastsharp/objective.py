@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from fastsharp.params import Selection, Selector, again, select
 _CHUNK = 1 << 20  # elements of a checksum taken at once
 _SMALL = 1 << 16  # elements below which the checksums of zlib are faster
 _ODD = 6_364_136_223_846_793_005  # any odd number with no pattern in its bits
+_OF_DEVICE, _OF_DTYPE = re.compile("device|[Mm]eta "), re.compile("dtype|[Ss]calar type|Float|Double|Half")  # torch's words for a misfit
 _DATA_SHARE = 2  # frozen data take at most 1/2 of the budget, kept graphs the rest
 
 
@@ -218,15 +220,16 @@ class Objective:
         except RuntimeError as e:
             if isinstance(e, FastsharpError):
                 raise
+            text = str(e)
             for name, t in self._state():
-                if t.device != self.device:
+                if t.device != self.device and _OF_DEVICE.search(text):
                     raise DeviceError(
                         f"{name!r} is on {t.device}, the chosen parameters are on {self.device}: {type(self.model).__name__} cannot be evaluated.\n"
                         "Load all its weights and move the whole model to one device."
                     ) from e
             held = [(repr(name), t) for name, t in self._state()] + [("the data", t) for t in tensors_of(self.batches.first())]
             for name, t in held:
-                if (t.is_floating_point() or t.is_complex()) and t.dtype != self.dtype:
+                if (t.is_floating_point() or t.is_complex()) and t.dtype != self.dtype and _OF_DTYPE.search(text):
                     advice = "the batches with .to" if name == "the data" else "it with .to"
                     raise DtypeError(
                         f"{name}: {t.dtype}, but the chosen parameters are {self.dtype}, and torch does not mix them here ({_first_line(e)}).\n"

@@ -262,3 +262,17 @@ def test_A18_float32_data_for_a_float64_model():
     model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3).double().requires_grad_(False))
     with refuses(DtypeError, "'1.weight'", "float32", "float64", model=model):
         fastsharp.lanczos(model, [whole()], LOSS, k=2)
+
+
+def test_A18_another_error_of_the_model_stays_what_it_is():
+    class Refusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+            self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no picture today")
+
+    with pytest.raises(RuntimeError, match=r"^no picture today$"):
+        fastsharp.lanczos(Refusing(), [whole()], LOSS, k=1)
