@@ -25,6 +25,7 @@ from fastsharp.errors import (
     StaleOperatorError,
 )
 from fastsharp.guard import rng_restored, version_of
+from fastsharp.reading import read, watched
 
 _WRAPPED_BATCH = 256  # batch size when a Dataset is handed in
 _DIGEST = 16
@@ -99,6 +100,8 @@ class Batches:
 
     def __init__(self, data: Any, device: torch.device, budget: int) -> None:
         self._loader = as_loader(data)
+        self._source = watched(self._loader)
+        self._passes = 0
         self._device = device
         self._frozen: list[Any] = []
         self.streamed = False
@@ -118,7 +121,7 @@ class Batches:
             return
         digest, count = 0, 0
         with self._draws():
-            for index, batch in enumerate(b for b in self._loader if count_of(b)):
+            for index, batch in enumerate(b for b in self._read() if count_of(b)):
                 hashes = _sample_hashes(batch)
                 own = sum(hashes) % _MODULUS
                 digest, count = (digest + own) % _MODULUS, count + count_of(batch)
@@ -159,7 +162,7 @@ class Batches:
         if isinstance(self._loader, (list, tuple)) or self._one_shot():
             return "read once"
         with self._draws(afresh=True):
-            drawn = [batch for _, batch in zip(range(most), (b for b in self._loader if count_of(b)), strict=False)]
+            drawn = [batch for _, batch in zip(range(most), (b for b in self._read() if count_of(b)), strict=False)]
         return "same" if self._known(drawn) else "other samples"
 
     def recheck(self) -> str:
@@ -167,7 +170,7 @@ class Batches:
         if isinstance(self._loader, (list, tuple)) or self._one_shot():
             return "read once"
         with self._draws(afresh=True):
-            hashes = [h for batch in self._loader for h in _sample_hashes(batch)]
+            hashes = [h for batch in self._read() for h in _sample_hashes(batch)]
         return "same" if (sum(hashes) % _MODULUS, len(hashes)) == (self._hash_all(), self.count) else "other samples"
 
     def digest(self) -> str:
@@ -188,12 +191,17 @@ class Batches:
         known = {h for b in self._frozen for h in _sample_hashes(b)}
         return all(h in known for hashes in redrawn for h in hashes)
 
+    def _read(self) -> Iterator[Any]:
+        """The next pass over the loader."""
+        self._passes += 1
+        return read(self._source, self._passes)
+
     def _one_shot(self) -> bool:
         return isinstance(self._loader, Iterator)
 
     def _read_first_pass(self, budget: int) -> None:
         with self._draws():
-            for batch in self._loader:
+            for batch in self._read():
                 if count_of(batch) == 0:
                     continue
                 self.count += count_of(batch)

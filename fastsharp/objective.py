@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,16 +14,29 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastsharp.batches import Batches, Budget
-from fastsharp.errors import ArgumentTypeError, DisconnectedLossError, InputError, ModelModeError, StaleOperatorError, listing
+from fastsharp.batches import Batches, Budget, tensors_of
+from fastsharp.errors import (
+    ArgumentTypeError,
+    DeviceError,
+    DisconnectedLossError,
+    DtypeError,
+    FastsharpError,
+    InputError,
+    ModelModeError,
+    StaleOperatorError,
+    listing,
+)
+from fastsharp.graph_check import examine
 from fastsharp.guard import Modes, Watch, marks, same_values, untouched
 from fastsharp.locate import non_finite_loss
 from fastsharp.losses import Loss, Value
+from fastsharp.parallel import refuse_shares
 from fastsharp.params import Selection, Selector, again, select
 
 _CHUNK = 1 << 20  # elements of a checksum taken at once
 _SMALL = 1 << 16  # elements below which the checksums of zlib are faster
 _ODD = 6_364_136_223_846_793_005  # any odd number with no pattern in its bits
+_OF_DEVICE, _OF_DTYPE = re.compile("device|[Mm]eta "), re.compile("dtype|[Ss]calar type|Float|Double|Half")  # torch's words for a misfit
 _DATA_SHARE = 2  # frozen data take at most 1/2 of the budget, kept graphs the rest
 
 
@@ -54,6 +68,7 @@ class Objective:
             raise ArgumentTypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
         if loader is None:
             raise InputError("a model needs data: pass a DataLoader, a Dataset, a list of batches or one batch.")
+        refuse_shares(model)
         self.model = model
         self.selection: Selection = select(model, params)
         self.modes = Modes(model, bn, dropout)
@@ -65,6 +80,7 @@ class Objective:
         self.records = 0  # how often the weights were recorded: operators that share this objective compare it
         self.loss = Loss(model, loss_fn, reduction)
         self.uses_attention = False
+        self.kinks: tuple[str, ...] = ()  # operations of the first evaluation without a second derivative somewhere
         self.record_weights()
         self._check_buffers()
         self.loss.settle_reduction(self.batches.first(), self._once)
@@ -200,12 +216,39 @@ class Objective:
         with self.quiet(), torch.no_grad():
             return self.evaluate_unchecked(0, batch, masks=False)  # the halves of a batch have no masks in common with it
 
+    @contextmanager
+    def _misfits_told(self) -> Iterator[None]:
+        """Around the first evaluation: what torch says of devices and dtypes, with the names of what does not fit."""
+        try:
+            yield
+        except RuntimeError as e:
+            if isinstance(e, FastsharpError):
+                raise
+            text = str(e)
+            for name, t in self._state():
+                if t.device != self.device and _OF_DEVICE.search(text):
+                    raise DeviceError(
+                        f"{name!r} is on {t.device}, the chosen parameters are on {self.device}: {type(self.model).__name__} cannot be evaluated.\n"
+                        "Load all its weights and move the whole model to one device."
+                    ) from e
+            held = [(repr(name), t) for name, t in self._state()] + [("the data", t) for t in tensors_of(self.batches.first())]
+            for name, t in held:
+                if (t.is_floating_point() or t.is_complex()) and t.dtype != self.dtype and _OF_DTYPE.search(text):
+                    advice = "the batches with .to" if name == "the data" else "it with .to"
+                    raise DtypeError(
+                        f"{name}: {t.dtype}, but the chosen parameters are {self.dtype}, and torch does not mix them here ({_first_line(e)}).\n"
+                        f"Convert {advice}({self.dtype}), or the whole model with model.float() or model.double()."
+                    ) from e
+            raise
+
     def _check_buffers(self) -> None:
         """The forward pass must leave buffers alone, or each product would see another function."""
         before = marks(self.model.named_buffers())
-        with self.quiet(by_value=True), torch.no_grad(), _AttentionSeen() as seen:
+        with self.quiet(by_value=True), _AttentionSeen() as seen:
             held = {name: b.detach().clone() for name, b in self.model.named_buffers()}
-            self.evaluate_unchecked(0, self.batches.first())
+            with self._misfits_told():
+                loss = self.evaluate_unchecked(0, self.batches.first()).loss
+            self.kinks = examine(self.model, loss, self.selection.params)
             after = dict(self.model.named_buffers())
             changed = [
                 name for name, mark in marks(after.items()).items() if mark != before.get(name) or not same_values(after[name], held[name])
@@ -235,6 +278,10 @@ def weights_hash(params: Iterable[torch.Tensor]) -> str:
     for p in params:
         digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _first_line(e: BaseException) -> str:
+    return str(e).strip().split("\n")[0][:160]
 
 
 def stale(changed: list[str]) -> StaleOperatorError:

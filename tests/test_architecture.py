@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastsharp"
-BELOW_OBJECTIVE = {"errors", "batches", "guard", "locate", "losses", "params"}
+BELOW_OBJECTIVE = {"errors", "batches", "graph_check", "guard", "locate", "losses", "parallel", "params", "reading"}
 ALLOWED = {
     "errors": {"results"},  # for types
     "rng": set(),
@@ -21,10 +21,13 @@ ALLOWED = {
     "linear_map": {"errors", "operator"},
     "store": {"errors"},
     "recorded": {"errors", "operator", "store"},
-    "params": {"errors"},
+    "params": {"errors", "graph_check"},
     "guard": {"errors"},
-    "batches": {"errors", "guard"},
-    "samples": {"errors", "batches", "guard"},
+    "graph_check": {"errors"},
+    "parallel": {"errors"},
+    "reading": {"errors"},
+    "batches": {"errors", "guard", "reading"},
+    "samples": {"errors", "batches", "guard", "reading"},
     "losses": {"errors", "batches"},
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,

@@ -24,7 +24,8 @@ class GradientGraph:
 
     def __init__(self, loss: torch.Tensor, params: Sequence[torch.Tensor]) -> None:
         self._params = params
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        with _named(loss.grad_fn):
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         self.unused = tuple(i for i, g in enumerate(grads) if g is None)
         finite = torch.stack(
             [torch.ones((), dtype=torch.bool, device=loss.device) if g is None else torch.isfinite(g).all() for g in grads]
@@ -183,8 +184,9 @@ def _named(loss_node: Any) -> Iterator[None]:
 
 
 def lacks_second_derivative(error: RuntimeError) -> bool:
-    """Whether torch says that an operation has no derivative of its backward."""
-    return "derivative for" in str(error) and "is not implemented" in str(error)
+    """Whether torch says that an operation has no derivative, or none of its backward."""
+    text = str(error)
+    return ("derivative for" in text and "is not implemented" in text) or "no autograd formula was registered" in text
 
 
 def no_second_derivative(error: RuntimeError) -> DoubleBackwardError:

@@ -23,6 +23,7 @@ from fastsharp.locate import non_finite_gradient
 from fastsharp.objective import Objective
 from fastsharp.operator import SymmetricOperator
 from fastsharp.params import ParamLayout, Selector
+from fastsharp.reading import deaths_told
 
 Own = TypeVar("Own", bound="FiniteSum")
 
@@ -140,6 +141,11 @@ class FiniteSum(SymmetricOperator):
     @property
     def notes(self) -> tuple[str, ...]:
         notes = self.objective.notes()
+        if self.objective.kinks and self.kind == "hessian":
+            notes.append(
+                f"a.e. Hessian (almost everywhere): no second derivative at the kinks of {listing(self.objective.kinks, 4)}; "
+                "that of the smooth piece around the weights is meant. operator='ggn' needs none"
+            )
         if self.objective.uses_attention and self.backend == "autograd":
             notes.append("attention ran on torch's MATH kernel, the one with a second derivative")
         if self._precision:
@@ -229,7 +235,7 @@ class FiniteSum(SymmetricOperator):
         if self._denominator is not None and self._all_kept:
             self._kept_sum().product(V, out, self._fits)
             return
-        with self.objective.quiet(tf32=self._precision == "tf32"), writable(V, out) as (rows, total):
+        with deaths_told(), self.objective.quiet(tf32=self._precision == "tf32"), writable(V, out) as (rows, total):
             while not self._passed(rows, total):
                 total.zero_()
             if self._denominator not in (None, 1.0):
