@@ -10,6 +10,7 @@ from fastsharp.api import density as density
 from fastsharp.api import explain as explain
 from fastsharp.api import frobenius as frobenius
 from fastsharp.api import lanczos as lanczos
+from fastsharp.api import layer_spectra as layer_spectra
 from fastsharp.api import logdet as logdet
 from fastsharp.api import spectrum as spectrum
 from fastsharp.api import trace as trace
@@ -26,5 +27,6 @@ from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
+from fastsharp.results import LayerSpectra as LayerSpectra
 from fastsharp.results import Spectrum as Spectrum
 from fastsharp.training import Tracker as Tracker

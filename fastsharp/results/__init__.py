@@ -7,4 +7,7 @@ from fastsharp.results.eigenpairs import Eigenpairs as Eigenpairs
 from fastsharp.results.estimate import Estimate as Estimate
 from fastsharp.results.explanation import Calls as Calls
 from fastsharp.results.explanation import Explanation as Explanation
+from fastsharp.results.layer_spectra import Coupling as Coupling
+from fastsharp.results.layer_spectra import LayerSpectra as LayerSpectra
+from fastsharp.results.layer_spectra import LayerSpectrum as LayerSpectrum
 from fastsharp.results.spectrum import Spectrum as Spectrum
