@@ -7,13 +7,13 @@ from typing import final
 
 import torch
 
-from fastsharp.curvature.batch_products import Unavailable
+from fastsharp.curvature.batch_products import Made, Unavailable
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.layers.choice import Layer
 from fastsharp.curvature.layers.factors import Dense, Factor, Jacobian, Sensitivity
 from fastsharp.curvature.layers.loss_root import LossRoot, loss_root
 from fastsharp.curvature.layers.narrowed import narrowed, unused
-from fastsharp.curvature.layers.survey import GATE, Finding, linearised_batch, survey
+from fastsharp.curvature.layers.survey import GATE, Finding, split_batch, survey
 from fastsharp.curvature.rop.split import Segment, Split
 from fastsharp.errors import listing
 from fastsharp.operator import SymmetricOperator
@@ -92,13 +92,14 @@ class LayerBlocks:
         self._generator = torch.Generator().manual_seed(seed)
         self._local = local
         self._unused: tuple[str, ...] = ()
+        self._first: tuple[Split, Made] | None = None  # of the survey, for the first pass
 
     def __iter__(self) -> Iterator[Block]:
         """Each layer's block once, in the order of their groups; a factor is freed when its group is over."""
         matrix = self._matrix
         if self._local:
             with matrix.objective.quiet():
-                findings = survey(matrix, self._layers, self._numbers, self._generator)
+                findings, self._first = survey(matrix, self._layers, self._numbers, self._generator)
         else:
             findings = [Finding(f"backend={matrix.backend!r} was asked for")] * len(self._layers)
         self._unused = unused(matrix) if any(not finding.forms for finding in findings) else ()
@@ -148,15 +149,15 @@ class LayerBlocks:
         for index, batch in objective.batches:
             with objective.quiet():
                 try:
-                    linearised, made = linearised_batch(self._matrix, index, batch)
-                except Unavailable as refusal:
+                    split, made = split_batch(self._matrix, index, batch) if self._first is None or index else self._first
+                except (Unavailable, ValueError) as refusal:
                     by_engine.update(dict.fromkeys(factors, str(refusal)))
                     factors.clear()
                     return 1.0
+                self._first = None
                 counts += made.count or 0.0
                 if made.scale == 0.0 or not factors:
                     continue
-                split = Split(linearised, len(objective.selection.params))
                 root = loss_root(split, self._generator, objective.selection.params[0])
                 if root is None:
                     missed = dict.fromkeys(factors, "samples meet in the loss")

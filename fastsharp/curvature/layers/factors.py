@@ -53,7 +53,6 @@ class Factor(ABC):
 def _rows(segment: Segment, y_g: Tensor, samples: int) -> Tensor:
     """A, (r samples, n)."""
     found = segment.sample_gradients(y_g, samples)
-    assert found is not None
     return found.reshape(-1, found.shape[2])
 
 
@@ -126,11 +125,10 @@ class Sensitivity(Factor):
 
     def add(self, segment: Segment, y_g: Tensor, signs: Tensor | None, w: Tensor) -> Tensor:
         samples = w.shape[1]
-        rows = segment.sample_gradients(y_g, samples) if self.square_norm is not None else None
-        if rows is None:
-            self.square_norm = None
+        if self.square_norm is not None and segment.by_sample(samples):
+            self._see(_rows(segment, y_g, samples), signs)
         else:
-            self._see(rows.reshape(-1, rows.shape[2]), signs)
+            self.square_norm = None
         by_sample = y_g.reshape(len(y_g), samples, -1).transpose(0, 1).contiguous()  # (samples, r, d)
         part = _Part(segment, tuple(y_g.shape[1:]), by_sample, None if signs is None else signs.T.contiguous())
         self._parts.append(part)

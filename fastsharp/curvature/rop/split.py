@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastsharp.curvature.rop.inputs import bends, only, sample_gradients
+from fastsharp.curvature.rop.inputs import bends, by_sample, only, sample_gradients
 from fastsharp.curvature.rop.linearise import Linearised, Step, Sums
 from fastsharp.curvature.rop.rule import Part
 
@@ -58,16 +58,16 @@ class Segment:
                 else:
                     sums[s] = sums[s] + t if s in sums else t
 
-    def sample_gradients(self, y_gt: Tensor, samples: int) -> Tensor | None:
-        """(b, samples, n): J_s' y_gt_s of each sample s by itself, parameters in order; None where there is no fast way."""
-        if len(self._steps) != 1:
-            return None
+    def by_sample(self, samples: int) -> bool:
+        """Whether `sample_gradients` has a fast way."""
+        return len(self._steps) == 1 and by_sample(self._steps[0].part, samples)
+
+    def sample_gradients(self, y_gt: Tensor, samples: int) -> Tensor:
+        """(b, samples, n): J_s' y_gt_s of each sample s by itself, parameters in order."""
         (step,) = self._steps
         found = sample_gradients(step.part, y_gt, samples)
-        if found is None:
-            return None
-        by_slot = {s: g for s, g in zip(step.inputs, found, strict=True) if g is not None}
-        return torch.cat([by_slot[p].flatten(2) for p in self.params], 2) if len(self.params) > 1 else by_slot[self.params[0]].flatten(2)
+        by_slot = {s: g.flatten(2) for s, g in zip(step.inputs, found, strict=True) if g is not None}
+        return torch.cat([by_slot[p] for p in self.params], 2)
 
     def held(self) -> Iterator[Tensor]:
         """Every tensor kept."""
@@ -120,6 +120,29 @@ class Split:
             if len(opened) == 1 and not opened & set(own):
                 (y,) = opened
         return Segment(steps, own, y, linear, alone) if y >= 0 else None
+
+    def bent(self, params: Sequence[int], v: Sequence[Tensor]) -> list[Tensor]:
+        """(H_ll - G_ll) v, by parameter (1, *shape): the second-order terms of the network by themselves, as the engine's parts have them."""
+        values: dict[int, Tensor | None] = dict(zip(params, v, strict=True))
+        passed: list[tuple[Step, Any]] = []
+        for step in self._network:
+            x_t = [values.get(s) for s in step.inputs]
+            if any(t is not None for t in x_t):
+                y_t, keep = step.part.tangent(x_t)
+                values.update(zip(step.outputs, y_t, strict=True))
+                passed.append((step._replace(part=only(step.part, [t is not None for t in x_t])), keep))
+        out = {p: torch.zeros_like(t) for p, t in zip(params, v, strict=True)}
+        sums: dict[int, Tensor] = {}
+        for step, keep in reversed(passed):
+            g = [sums.pop(s, None) for s in step.outputs]
+            if keep is None and all(t is None for t in g):
+                continue
+            for s, t in zip(step.inputs, step.part.backward(g, keep, [None] * len(step.inputs)), strict=True):
+                if t is not None and s in out:
+                    out[s].add_(t)
+                elif t is not None and s >= self._params:
+                    sums[s] = sums[s] + t if s in sums else t
+        return list(out.values())
 
     def curve(self, z_t: Tensor) -> Tensor:
         """H_L z_t for z_t (b, *shape), with the scale of the linearised loss."""
