@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastsharp.results import Eigenpairs
+    from fastsharp.results import Eigenpairs, LayerSpectra, LayerSpectrum
 
 SCHEMA, SCHEMA_VERSION = "fastsharp.eigenpairs", 1
 
@@ -104,6 +104,65 @@ def record(result: Eigenpairs, **extra: Any) -> dict[str, Any]:
         "provenance": plain(result.provenance),
         **{key: plain(value) for key, value in extra.items()},
     }
+
+
+def layer_table(result: LayerSpectra) -> Table:
+    """One row a layer. The coupling is ||H_l: without H_ll||_F, with its standard error; it is left out where it was not asked for."""
+    from rich import box
+    from rich.table import Table
+
+    t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    t.add_column("layer", overflow="fold")
+    coupled = result.coupling is not None
+    for name in ("n", "top eigenvalue", "error bound", "trace", *(["coupling"] if coupled else [])):
+        t.add_column(name, justify="right")
+    t.add_column("block by")
+    for layer in result:
+        done = bool(layer.converged.all())
+        top, bound = (float(values[0]) for values in (layer.eigenvalues, layer.error_bounds))
+        columns = [layer.name, f"{layer.n:,}", f"[bold]{top:.5g}[/]" if done else f"[bold red]{top:.5g} NOT CONVERGED[/]", f"{bound:.0e}"]
+        t.add_row(*columns, _measured(layer.trace.value, layer.trace.stderr), *([_measured(*(layer.coupling or (0.0, 0.0)))] * coupled), layer.route)
+    return t
+
+
+def _measured(value: float, stderr: float) -> str:
+    return f"{value:.4g}" if stderr == 0.0 else f"{value:.4g} ± {stderr:.2g}"
+
+
+def layer_record(result: LayerSpectra, schema: str, version: int) -> dict[str, Any]:
+    """The result as plain JSON values, without the eigenvectors."""
+    coupling = result.coupling
+    pairs = None if coupling is None or coupling.pairs is None else {"norms": coupling.pairs, "stderr": coupling.pairs_stderr}
+    return {
+        "schema": schema,
+        "schema_version": version,
+        "layers": [_layer(layer) for layer in result],
+        "coupling": None
+        if coupling is None
+        else {
+            **{name: _with_error(getattr(coupling, name)) for name in ("rest", "blocks", "share")},
+            "probes": coupling.probes,
+            "pairs": plain(pairs),
+        },
+        "n_matvec": result.n_matvec,
+        "notes": list(result.notes),
+        "settings": plain(result.settings),
+        "provenance": plain(result.provenance),
+    }
+
+
+def _layer(layer: LayerSpectrum) -> dict[str, Any]:
+    names = ("name", "kind", "params", "n", "eigenvalues", "residuals", "error_bounds", "converged", "n_matvec", "route", "reason", "notes")
+    return {
+        **{name: plain(getattr(layer, name)) for name in names},
+        "trace": {"value": plain(layer.trace.value), "stderr": plain(layer.trace.stderr), "interval": plain(layer.trace.interval)},
+        "norm": _with_error(layer.norm),
+        "coupling": _with_error(layer.coupling),
+    }
+
+
+def _with_error(measured: tuple[float, float] | None) -> Any:
+    return None if measured is None else {"value": plain(measured[0]), "stderr": plain(measured[1])}
 
 
 def plain(value: Any) -> Any:

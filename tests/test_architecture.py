@@ -26,7 +26,7 @@ ALLOWED = {
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,
     "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
-    "results": {"errors", "plots", "params"},
+    "results": {"errors", "plots", "params", "_report"},
     "krylov": {"errors", "operator", "ops", "rng", "results"},
     "difference": BELOW_OBJECTIVE | {"objective", "curvature"},
     "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},

@@ -60,6 +60,11 @@ def _(part: ChannelNorm, on: On) -> bool:
 
 
 @bends.register
+def _(part: RowNorm, on: On) -> bool:
+    return on[part.places.at[0]]
+
+
+@bends.register
 def _(part: Chain, on: On) -> bool:
     return bends(part.parts[0], on) or any(p.second_order for p in part.parts[1:])
 
