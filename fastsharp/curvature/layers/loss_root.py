@@ -37,7 +37,8 @@ def loss_root(split: Split, generator: torch.Generator, like: Tensor) -> LossRoo
     H = (H + H.mT) / 2
     values, vectors = torch.linalg.eigh(H)  # (samples, width), columns of vectors
     eps = torch.finfo(like.dtype).eps
-    floor = 8 * width * eps * values.abs().amax(1, keepdim=True)
+    least = torch.finfo(like.dtype).tiny / eps  # products with anything smaller underflow
+    floor = (8 * width * eps * values.abs().amax(1, keepdim=True)).clamp(min=least)
     values = torch.where(values.abs() > floor, values, 0.0)
     chosen = (values != 0.0).any(0)
     rows = (vectors * values.abs().sqrt()[:, None]).permute(2, 0, 1)[chosen]
@@ -46,7 +47,8 @@ def loss_root(split: Split, generator: torch.Generator, like: Tensor) -> LossRoo
     exact = split.curve(z[None]).reshape(samples, width).double()
     inner = (rows * z.reshape(samples, width).double()).sum(2) * signs
     missed = ((inner[:, :, None] * rows).sum(0) - exact).norm()
-    if not float(missed) <= _GATE * eps * float((values.abs().amax(1) * z.reshape(samples, width).double().norm(dim=1)).norm()):
+    scale = values.abs().amax(1).clamp(min=width * least / eps) * z.reshape(samples, width).double().norm(dim=1)
+    if not float(missed) <= _GATE * eps * float(scale.norm()):
         return None
     negative = bool((signs < 0.0).any())
     return LossRoot(rows.to(like.dtype), signs.to(like.dtype) if negative else None)
