@@ -30,7 +30,7 @@ from fastsharp.models import ResNetCIFAR, resnet20
 
 K, TOL = 5, 1e-3
 SAMPLES = int(os.environ.get("FASTSHARP_BENCH_N", "32"))
-STEPS = 30
+STEPS = 10
 
 
 def trained(samples: int) -> tuple[ResNetCIFAR, list[tuple[torch.Tensor, torch.Tensor]], str]:
@@ -78,7 +78,10 @@ def test_all_layers_of_resnet20(benchmark: Any) -> None:
             apart = float((pairs.eigenvalues[: len(layer.eigenvalues)] - layer.eigenvalues).abs().max()) / float(layer.eigenvalues[0])
             assert apart <= TOL, f"{layer.name} by {backend}: {apart:.1e}"
             worst = max(worst, apart)
-        print(f"  {layer.name:16} {layer.route:12} {layer.n_matvec:4} products; rop {seconds['rop'][-1]:.2f} s, autograd {spent:.2f} s", flush=True)
+        print(
+            f"  {layer.name:16} {layer.route:12} {layer.n_matvec:4} products; rop {seconds['rop'][-1]:.2f} s, autograd {spent:.2f} s",
+            flush=True,
+        )
         if i == len(spectra) // 2:
             seconds["sweep"].append(timed(sweep)[0])
     seconds["sweep"].append(timed(sweep)[0])

@@ -121,7 +121,12 @@ def layer_table(result: LayerSpectra) -> Table:
         done = bool(layer.converged.all())
         top, bound = (float(values[0]) for values in (layer.eigenvalues, layer.error_bounds))
         columns = [layer.name, f"{layer.n:,}", f"[bold]{top:.5g}[/]" if done else f"[bold red]{top:.5g} NOT CONVERGED[/]", f"{bound:.0e}"]
-        t.add_row(*columns, _measured(layer.trace.value, layer.trace.stderr), *([_measured(*(layer.coupling or (0.0, 0.0)))] * coupled), layer.route)
+        t.add_row(
+            *columns,
+            _measured(layer.trace.value, layer.trace.stderr),
+            *([_measured(*(layer.coupling or (0.0, 0.0)))] * coupled),
+            layer.route,
+        )
     return t
 
 

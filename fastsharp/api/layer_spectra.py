@@ -81,7 +81,9 @@ def layer_spectra(
     Source of the blocks' identity: Schraudolph 2002; Botev, Ritter and Barber 2017, section 5.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"layer_spectra: the model is a {type(model).__name__}, expected a torch.nn.Module: only a model has layers.")
+        raise ArgumentTypeError(
+            f"layer_spectra: the model is a {type(model).__name__}, expected a torch.nn.Module: only a model has layers."
+        )
     kind_of(operator)
     if coupling not in COUPLINGS:
         raise InputError(f"layer_spectra: coupling={coupling!r} is none of {', '.join(map(repr, COUPLINGS))}.")
@@ -220,6 +222,11 @@ class _Run:
             coupling=None if sampled is None else sampled.coupling(),
             n_matvec=products,
             notes=(*matrix.notes, *self.notes, *route_notes(self.blocks)),
-            settings={**matrix.settings, "k": self.k, **self.arguments, **{f"trace_{k}": v for k, v in self.estimate.items() if k != "seed"}},
+            settings={
+                **matrix.settings,
+                "k": self.k,
+                **self.arguments,
+                **{f"trace_{k}": v for k, v in self.estimate.items() if k != "seed"},
+            },
             provenance=matrix.provenance,
         )

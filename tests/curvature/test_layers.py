@@ -179,7 +179,11 @@ def found(kind, model, batches, loss=LOSS, layers=None, reduction="auto", **opti
     with unchanged(model, *(t for batch in batches for t in batch)):
         for block in LayerBlocks(matrix, chosen, **options):
             n = block.layout.n
-            A = torch.zeros(n, n, dtype=torch.float64) if block.operator is None else block.operator.apply(torch.eye(n, dtype=torch.float64))
+            A = (
+                torch.zeros(n, n, dtype=torch.float64)
+                if block.operator is None
+                else block.operator.apply(torch.eye(n, dtype=torch.float64))
+            )
             out[block.layer.name] = (A.detach(), block.route, block.reason, block.trace)
     assert out.keys() == {layer.name for layer in chosen}
     return out, {layer.name: layer.params for layer in chosen}
@@ -308,7 +312,9 @@ def squeeze(size):
 
 def test_a_wrong_adjoint_of_the_output_is_noticed(monkeypatch):
     original = Split.pull
-    monkeypatch.setattr(Split, "pull", lambda self, g, wanted: ((s, None if t is None else 1.001 * t) for s, t in original(self, g, wanted)))
+    monkeypatch.setattr(
+        Split, "pull", lambda self, g, wanted: ((s, None if t is None else 1.001 * t) for s, t in original(self, g, wanted))
+    )
     model, batches = problem("residual")
     routes = check("hessian", model, batches)
     assert {route for route, _ in routes.values()} == {"engine"}

@@ -250,5 +250,3 @@ def route_notes(blocks: Sequence[Block]) -> list[str]:
         else:
             lines.setdefault(f"block by its local factor ({block.route})", []).append(block.layer.name)
     return [f"{line}: {listing(names)}" for line, names in lines.items()]
-
-

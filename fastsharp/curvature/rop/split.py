@@ -115,7 +115,9 @@ class Split:
                 continue
             entering = {s for s in step.inputs if 0 <= s < self._params}
             alone = alone and (entering <= set(own) or not entering.isdisjoint(own))
-            steps.append(step._replace(part=only(step.part, on), inputs=tuple(s if o else -1 for s, o in zip(step.inputs, on, strict=True))))
+            steps.append(
+                step._replace(part=only(step.part, on), inputs=tuple(s if o else -1 for s, o in zip(step.inputs, on, strict=True)))
+            )
             opened = {s for s in opened.union(step.outputs) if self._last.get(s, -1) > i}
             if len(opened) == 1 and not opened & set(own):
                 (y,) = opened
