@@ -377,7 +377,31 @@ def test_groups_of_parameters_and_whole_containers():
     assert routes["weights"][0] == "engine" and routes["rest"][0] in LOCAL
 
 
-def test_streamed_and_frozen_statistics():
+class Changing(nn.Module):
+    """Another network for batches of three samples; and a table of positions that belongs to no sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.table, self.last = nn.Linear(6, 5), nn.Linear(2, 5), nn.Linear(5, 3)
+        self.register_buffer("places", torch.linspace(-1.0, 1.0, 8).view(4, 2))
+
+    def forward(self, x):
+        h = self.first(x)
+        h = F.relu(h) if len(x) != 3 else h * h
+        return self.last(F.relu(h + self.table(self.places).sum(0)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_that_take_another_way(kind):
+    torch.manual_seed(0)
+    routes = check(kind, Changing().double(), problem("relu")[1])
+    assert routes["last"][0] in LOCAL
+    assert routes["table"][0] == "engine"
+    if kind == "hessian":
+        assert routes["first"] == ("engine", "other batches take another way through the network")
+
+
+def test_frozen_statistics():
     model, batches = problem("residual")
     model[0].train() if isinstance(model, nn.Sequential) else model.stem[1].train()
     matrix = fastsharp.Hessian(model, batches, LOSS, bn="frozen-batch-stats")

@@ -176,10 +176,11 @@ class LayerBlocks:
             segment = split.segment(self._numbers[i])
             if segment is None:
                 continue  # not used in this batch
-            if segment.alone and (self._matrix.kind == "ggn" or segment.linear):
+            apart = isinstance(factors[i], Sensitivity) or segment.by_sample(split.samples)
+            if apart and segment.alone and (self._matrix.kind == "ggn" or segment.linear):
                 segments[i] = segment
             else:
-                missed[i] = "not in every batch is the network linear in it, or used in one place"
+                missed[i] = "other batches take another way through the network"
         if not len(root.rows):
             return missed
         params = self._matrix.objective.selection.params
@@ -214,8 +215,8 @@ class LayerBlocks:
         signs = None if root.signs is None else root.signs[rows]
         z_g = root.rows[rows].reshape(-1, *split.shape)
         for slot, y_g in split.pull(z_g, by_slot):
-            if y_g is None:
-                continue
+            if y_g is None or y_g[0].numel() % split.samples:
+                continue  # where that is not zero, the check of the adjoints shows it
             for i in by_slot[slot]:
                 found[i] += factors[i].add(segments[i], y_g, signs, w)
 
