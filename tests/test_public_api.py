@@ -11,7 +11,20 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "bracket", "density", "explain", "frobenius", "info", "lanczos", "logdet", "spectrum", "trace", "trace_function"}
+CALLS = {
+    "batch_loss",
+    "bracket",
+    "density",
+    "explain",
+    "frobenius",
+    "info",
+    "lanczos",
+    "layer_spectra",
+    "logdet",
+    "spectrum",
+    "trace",
+    "trace_function",
+}
 CLASSES = {
     "Bracket",
     "CallableOperator",
@@ -23,6 +36,7 @@ CLASSES = {
     "Explanation",
     "GGN",
     "Hessian",
+    "LayerSpectra",
     "Spectrum",
     "SymmetricOperator",
     "Tracker",
