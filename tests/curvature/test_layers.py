@@ -391,6 +391,24 @@ class Changing(nn.Module):
         return self.last(F.relu(h + self.table(self.places).sum(0)))
 
 
+class Rigid(nn.Module):
+    """Takes batches of eleven samples alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x.view(11, 6))))
+
+
+def test_a_model_of_one_batch_size():
+    torch.manual_seed(0)
+    x, y = torch.randn(11, 6, dtype=torch.float64), torch.arange(11) % 3
+    routes = check("hessian", Rigid().double(), [(x, y)])
+    assert all(route in LOCAL for route, _ in routes.values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_that_take_another_way(kind):
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.layers.choice import Layer
 from fastsharp.curvature.layers.loss_root import LossRoot, loss_root
 from fastsharp.curvature.rop.split import Split
-from fastsharp.errors import InputError
+from fastsharp.errors import FastsharpError, InputError
 
 Tensor = torch.Tensor
 
@@ -78,7 +78,7 @@ def survey(
     found = _findings(matrix, split, root, numbers)
     if matrix.kind == "hessian":
         claimed = [i for i, finding in enumerate(found) if finding.forms]
-        for i in _disproved(matrix, batch, claimed, numbers, generator):
+        for i in _disproved(matrix, _few(matrix, batch) or split, claimed, numbers, generator):
             found[i] = Finding("its Hessian block is not its Gauss-Newton block on the first samples")
     return found, (split, made)
 
@@ -92,8 +92,11 @@ def _findings(matrix: FiniteSum, split: Split, root: LossRoot, numbers: Sequence
     rows = round(len(root.rows) * split.samples * scale)
     found = []
     for segment, params in zip(segments, numbers, strict=True):
-        if segment is None or not len(row):
+        if segment is None:
             found.append(Finding())
+            continue
+        if not len(row):
+            found.append(Finding("the loss has no curvature by the output on the first batch"))
             continue
         y_g = values[segment.y]
         if not segment.alone:
@@ -119,15 +122,22 @@ def _forms(n: int, rows: int, d: int, by_sample: bool, size: int) -> tuple[tuple
     return (*first, *((jacobian, sensitivity) if n <= 2 * d else (sensitivity, jacobian)), *last)
 
 
+def _few(matrix: FiniteSum, batch: Any) -> Split | None:
+    """A few samples of the batch, None where it has no more or the model does not take so few."""
+    few = head(batch, 0, _FEW) if count_of(batch) > _FEW else None
+    try:
+        return None if few is None else split_batch(matrix, ("layers", 0), few)[0]
+    except (FastsharpError, Unavailable, RuntimeError, ValueError, IndexError, TypeError):
+        return None
+
+
 def _disproved(
-    matrix: FiniteSum, batch: Any, claimed: Sequence[int], numbers: Sequence[Sequence[int]], generator: torch.Generator
+    matrix: FiniteSum, split: Split, claimed: Sequence[int], numbers: Sequence[Sequence[int]], generator: torch.Generator
 ) -> list[int]:
-    """Those of the claimed layers for which (H_ll - G_ll) v is not zero, by the engine's own second-order terms on a few samples.
+    """Those of the claimed layers for which (H_ll - G_ll) v is not zero, by the engine's own second-order terms.
 
     They vanish term by term, without rounding.
     """
-    few = head(batch, 0, _FEW) if count_of(batch) > _FEW else None
-    split = split_batch(matrix, 0 if few is None else ("layers", 0), batch if few is None else few)[0]
     shapes, like = matrix.layout.shapes, matrix.objective.selection.params[0]
     wrong = []
     for i in claimed:
