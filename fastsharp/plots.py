@@ -210,8 +210,8 @@ def plot_layers(result: LayerSpectra, path: str | Path | None = None) -> Figure:
     axes[1].bar(index, [max(t.value, 0.0) for t in traces], width=0.62, color=_SOFT)
     spread = [(i, t.value, t.stderr) for i, t in enumerate(traces) if t.stderr > 0.0 and t.value > 0.0]
     if spread:
-        at, values, errors = zip(*spread, strict=True)
-        axes[1].errorbar(at, values, yerr=errors, fmt="none", ecolor=_INK, elinewidth=1.5)
+        at, centres, widths = zip(*spread, strict=True)
+        axes[1].errorbar(at, centres, yerr=widths, fmt="none", ecolor=_INK, elinewidth=1.5)
     axes[1].set_ylabel("trace")
     if coupled:
         for shift, label, color in ((-0.19, "block", _GOOD), (0.19, "rest of its rows", _BAD)):

@@ -93,7 +93,8 @@ def _share(rest: Tensor, blocks: Tensor) -> tuple[float, float]:
     """rest / (rest + blocks) of the means, and the jackknife's standard error."""
 
     def share(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(a + b > 0.0, a / (a + b), 0.0)
+        part: Tensor = torch.where(a + b == 0.0, 0.0, a / (a + b))
+        return part
 
     p = len(rest)
     without = share((rest.sum() - rest) / (p - 1), (blocks.sum() - blocks) / (p - 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import singledispatch
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +109,7 @@ def _(part: ConvolutionNorm, on: On) -> Part:
 
 @only.register(ChannelNorm)
 @only.register(RowNorm)
-def _(part: Any, on: On) -> Part:
+def _(part: ChannelNorm | RowNorm, on: On) -> Part:
     twin = copy.copy(part)
     twin.places = copy.copy(part.places)
     twin.places.on = [there and on[i] for there, i in zip(part.places.on, part.places.at, strict=True)]
@@ -191,4 +190,4 @@ def _(part: ConvolutionNorm, g: Tensor, samples: int) -> list[Tensor | None]:
         g = g.reshape(b, *part.mask.shape) * part.mask
     inner = sample_gradients(part.conv, g, samples)
     W_g, c_g = (None if t is None else t.flatten(0, 1) for t in (inner[1], inner[2]))
-    return [None if t is None else t.unflatten(0, (b, samples)) for t in part.gradients(W_g, c_g)]
+    return [None if t is None else torch.unflatten(t, 0, (b, samples)) for t in part.gradients(W_g, c_g)]

@@ -64,9 +64,9 @@ class Linearised:
         self.loss = tape.loss.detach().clone()
         calls = fold(tape.calls, _uses(tape))
         tape.calls = []
-        outputs = [t for call in calls for t in call.outputs]
-        self.largest = max([1, *(t.nbytes for t in outputs)])
-        self._together = max(TOGETHER // self.largest, 1) if all(t.device.type == "cpu" for t in outputs) else sys.maxsize
+        made = [t for call in calls for t in call.outputs]
+        self.largest = max([1, *(t.nbytes for t in made)])
+        self._together = max(TOGETHER // self.largest, 1) if all(t.device.type == "cpu" for t in made) else sys.maxsize
         network = _leading_to(calls, tape.outputs)
         self.bypassed = _bypassed(calls, network, tape)
         slots = {id(t): i for i, t in enumerate(tape.params)}

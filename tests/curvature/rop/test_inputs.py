@@ -44,6 +44,7 @@ CASES = {
     "conv without bias": (lambda x, w: F.conv2d(x, w), (X, W)),
     "conv, norm, relu": (conv_norm_relu, (X, W, C, GAMMA, BETA)),
     "norm": (norm, (X, GAMMA[:3], BETA[:3])),
+    "group norm": (lambda x, w, c: F.group_norm(x, 3, w, c), (X, GAMMA[:3], BETA[:3])),
     "linear, relu": (linear_relu, (ROWS, U, B)),
     "linear on places": (F.linear, (PLACES.flatten(0, 1), U, B)),
     "product": (torch.bmm, (PLACES[:, :, :3].contiguous(), PLACES)),
