@@ -1,22 +1,15 @@
-"""What the command line shows and writes of a result: a table for 80 columns and strict JSON."""
+"""What the command line shows of a result: a table for 80 columns and the lines under it."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastsharp.results import Eigenpairs, LayerSpectra, LayerSpectrum
-
-SCHEMA, SCHEMA_VERSION = "fastsharp.eigenpairs", 1
+    from fastsharp.results import Eigenpairs, LayerSpectra
 
 
 def table(result: Eigenpairs) -> Table:
@@ -82,30 +75,6 @@ def _preflight(outcome: Any) -> str:
     return f"passed ({outcome.get('level')}): {', '.join(measured)}"
 
 
-def record(result: Eigenpairs, **extra: Any) -> dict[str, Any]:
-    """The result as plain JSON values, without the eigenvectors; `extra` are further sections (data, model, seconds).
-
-    Numbers that JSON has no sign for (inf, nan) become null, tensors lists, everything unknown its str().
-    """
-    return {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "eigenvalues": plain(result.eigenvalues),
-        "residuals": plain(result.residuals),
-        "relative_residuals": plain(relative_residuals(result)),
-        "error_bounds": plain(result.error_bounds),
-        "converged": plain(result.converged),
-        "verified": result.verified,
-        "n_parameters": result.eigenvectors.shape[1],
-        "n_matvec": result.n_matvec,
-        "n_verify": result.n_verify,
-        "notes": list(result.notes),
-        "settings": plain(result.settings),
-        "provenance": plain(result.provenance),
-        **{key: plain(value) for key, value in extra.items()},
-    }
-
-
 def layer_table(result: LayerSpectra) -> Table:
     """One row a layer. The coupling is ||H_l: without H_ll||_F, with its standard error; it is left out where it was not asked for."""
     from rich import box
@@ -132,67 +101,3 @@ def layer_table(result: LayerSpectra) -> Table:
 
 def _measured(value: float, stderr: float) -> str:
     return f"{value:.4g}" if stderr == 0.0 else f"{value:.4g} ± {stderr:.2g}"
-
-
-def layer_record(result: LayerSpectra, schema: str, version: int) -> dict[str, Any]:
-    """The result as plain JSON values, without the eigenvectors."""
-    coupling = result.coupling
-    pairs = None if coupling is None or coupling.pairs is None else {"norms": coupling.pairs, "stderr": coupling.pairs_stderr}
-    return {
-        "schema": schema,
-        "schema_version": version,
-        "layers": [_layer(layer) for layer in result],
-        "coupling": None
-        if coupling is None
-        else {
-            **{name: _with_error(getattr(coupling, name)) for name in ("rest", "blocks", "share")},
-            "probes": coupling.probes,
-            "pairs": plain(pairs),
-        },
-        "n_matvec": result.n_matvec,
-        "notes": list(result.notes),
-        "settings": plain(result.settings),
-        "provenance": plain(result.provenance),
-    }
-
-
-def _layer(layer: LayerSpectrum) -> dict[str, Any]:
-    names = ("name", "kind", "params", "n", "eigenvalues", "residuals", "error_bounds", "converged", "n_matvec", "route", "reason", "notes")
-    return {
-        **{name: plain(getattr(layer, name)) for name in names},
-        "trace": {"value": plain(layer.trace.value), "stderr": plain(layer.trace.stderr), "interval": plain(layer.trace.interval)},
-        "norm": _with_error(layer.norm),
-        "coupling": _with_error(layer.coupling),
-    }
-
-
-def _with_error(measured: tuple[float, float] | None) -> Any:
-    return None if measured is None else {"value": plain(measured[0]), "stderr": plain(measured[1])}
-
-
-def plain(value: Any) -> Any:
-    """value in JSON's own types."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in value]
-    if callable(value):  # its str() holds an address, which differs from run to run
-        return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return str(value)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Strict JSON under its final name only when complete: written beside it, then renamed."""
-    text = json.dumps(content, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastsharp.results.estimate import Estimate
+from fastsharp.results.result import Result
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
     from fastsharp.params import ParamLayout
-
-SCHEMA, SCHEMA_VERSION = "fastsharp.layer_spectra", 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Coupling:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerSpectra:
+class LayerSpectra(Result):
     """All layers' spectra from one sweep; a sequence of `LayerSpectrum` in the model's order, also by name."""
 
     layers: tuple[LayerSpectrum, ...]
@@ -98,15 +98,3 @@ class LayerSpectra:
         from fastsharp.plots import plot_layers
 
         return plot_layers(self, path)
-
-    def record(self) -> dict[str, Any]:
-        """The result as plain JSON values, without the eigenvectors."""
-        from fastsharp._report import layer_record
-
-        return layer_record(self, SCHEMA, SCHEMA_VERSION)
-
-    def to_json(self, path: str | Path) -> None:
-        """Write `record()` as strict JSON, under its final name only when complete."""
-        from fastsharp._report import write_json
-
-        write_json(Path(path), self.record())
