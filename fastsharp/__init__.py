@@ -19,6 +19,7 @@ from fastsharp.api import frobenius as frobenius
 from fastsharp.api import gradient_overlap as gradient_overlap
 from fastsharp.api import input_jacobian as input_jacobian
 from fastsharp.api import lanczos as lanczos
+from fastsharp.api import layer_spectra as layer_spectra
 from fastsharp.api import logdet as logdet
 from fastsharp.api import logit_scale as logit_scale
 from fastsharp.api import loss_trace as loss_trace
@@ -58,6 +59,7 @@ from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
 from fastsharp.results import Landscape2D as Landscape2D
+from fastsharp.results import LayerSpectra as LayerSpectra
 from fastsharp.results import Report as Report
 from fastsharp.results import Sharpness as Sharpness
 from fastsharp.results import Spectrum as Spectrum

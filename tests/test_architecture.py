@@ -32,7 +32,7 @@ ALLOWED = {
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,
     "curvature": BELOW_OBJECTIVE | {"operator", "composite", "objective", "ops", "quantiles", "results"},
-    "results": {"errors", "plots", "params", "report"},
+    "results": {"errors", "plots", "params", "report", "_report"},
     "krylov": {"errors", "operator", "ops", "quantiles", "rng", "results"},
     "swap": set(),
     "doubling": {"losses"},

@@ -60,6 +60,11 @@ class TapeProducts(BatchProducts):
         self.not_finite = tuple(i for i, g in enumerate(gradient) if g is not None and not bool(torch.isfinite(g).all()))
         linearised.gradient = None  # n numbers a batch would outweigh a small tape
 
+    @property
+    def linearised(self) -> Linearised:
+        """The tape at its point."""
+        return self._linearised
+
     def table(self) -> list[Row]:
         """What served each call."""
         return self._linearised.table()
