@@ -7,10 +7,12 @@ from fastsharp._environment import __version__ as __version__
 from fastsharp._environment import info as info
 from fastsharp.api import bracket as bracket
 from fastsharp.api import density as density
+from fastsharp.api import diagonal as diagonal
 from fastsharp.api import explain as explain
 from fastsharp.api import frobenius as frobenius
 from fastsharp.api import lanczos as lanczos
 from fastsharp.api import logdet as logdet
+from fastsharp.api import row_norms as row_norms
 from fastsharp.api import spectrum as spectrum
 from fastsharp.api import trace as trace
 from fastsharp.api import trace_function as trace_function
@@ -23,6 +25,7 @@ from fastsharp.operator import DenseOperator as DenseOperator
 from fastsharp.operator import SymmetricOperator as SymmetricOperator
 from fastsharp.results import Bracket as Bracket
 from fastsharp.results import Density as Density
+from fastsharp.results import DiagonalEstimate as DiagonalEstimate
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation

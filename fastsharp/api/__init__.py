@@ -2,6 +2,8 @@
 
 from fastsharp.api.bracket import bracket as bracket
 from fastsharp.api.density import density as density
+from fastsharp.api.diagonal import diagonal as diagonal
+from fastsharp.api.diagonal import row_norms as row_norms
 from fastsharp.api.eigenpairs import lanczos as lanczos
 from fastsharp.api.explain import explain as explain
 from fastsharp.api.spectrum import spectrum as spectrum

@@ -3,6 +3,7 @@
 from fastsharp.results.bracket import Bracket as Bracket
 from fastsharp.results.density import Density as Density
 from fastsharp.results.density import spacing as spacing
+from fastsharp.results.diagonal import DiagonalEstimate as DiagonalEstimate
 from fastsharp.results.eigenpairs import Eigenpairs as Eigenpairs
 from fastsharp.results.estimate import Estimate as Estimate
 from fastsharp.results.explanation import Calls as Calls
