@@ -10,6 +10,7 @@ from fastsharp.api import density as density
 from fastsharp.api import diagonal as diagonal
 from fastsharp.api import explain as explain
 from fastsharp.api import frobenius as frobenius
+from fastsharp.api import ggn_spectrum as ggn_spectrum
 from fastsharp.api import lanczos as lanczos
 from fastsharp.api import logdet as logdet
 from fastsharp.api import row_norms as row_norms
@@ -29,5 +30,6 @@ from fastsharp.results import DiagonalEstimate as DiagonalEstimate
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
+from fastsharp.results import GGNSpectrum as GGNSpectrum
 from fastsharp.results import Spectrum as Spectrum
 from fastsharp.training import Tracker as Tracker

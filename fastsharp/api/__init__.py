@@ -6,6 +6,7 @@ from fastsharp.api.diagonal import diagonal as diagonal
 from fastsharp.api.diagonal import row_norms as row_norms
 from fastsharp.api.eigenpairs import lanczos as lanczos
 from fastsharp.api.explain import explain as explain
+from fastsharp.api.ggn_spectrum import ggn_spectrum as ggn_spectrum
 from fastsharp.api.spectrum import spectrum as spectrum
 from fastsharp.api.trace import frobenius as frobenius
 from fastsharp.api.trace import logdet as logdet

@@ -8,4 +8,5 @@ from fastsharp.results.eigenpairs import Eigenpairs as Eigenpairs
 from fastsharp.results.estimate import Estimate as Estimate
 from fastsharp.results.explanation import Calls as Calls
 from fastsharp.results.explanation import Explanation as Explanation
+from fastsharp.results.ggn_spectrum import GGNSpectrum as GGNSpectrum
 from fastsharp.results.spectrum import Spectrum as Spectrum
