@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastsharp
+from fastsharp.curvature.gram import Gram
 from fastsharp.curvature.gram.uses import Record
 from fastsharp.errors import ArgumentTypeError, BasisMemoryError, InputError
 from tests.cases import NAMES, cut, net
@@ -44,7 +45,7 @@ def test_the_whole_spectrum_over_uneven_batches(name, loss, dtype, tol):
     exact, n = net(name), net(name, dtype)
     with torch.no_grad():
         G = dense(exact.model, LOSSES[loss], *exact.whole)
-    found = fastsharp.ggn_spectrum(n.model, cut(n.whole, (4, 5, 2)), LOSSES[loss], reduction="mean", vectors=2)
+    found = fastsharp.ggn_spectrum(n.model, cut(n.whole, (4, 5, 2)), LOSSES[loss], reduction="mean", vectors=2, preflight="off")
     check(found, G, tol)
     for value, x in zip(found.eigenvalues, found.eigenvectors.double(), strict=False):
         assert float((G @ x - value * x).norm()) <= 10 * tol * float(G.norm())
@@ -118,7 +119,9 @@ def test_a_call_that_was_not_seen_is_found(monkeypatch):
     G = assembled(n.model, n.batches, n.loss_fn)
     own = Record.uses.fget
     monkeypatch.setattr(Record, "uses", property(lambda self: own(self)[1:]))
-    check(fastsharp.ggn_spectrum(n.model, n.batches, n.loss_fn), G, 1e-10)
+    found = fastsharp.ggn_spectrum(n.model, n.batches, n.loss_fn)
+    check(found, G, 1e-10)
+    assert any("stem.weight" in note for note in found.notes if "one backward pass" in note)
 
 
 def test_weights_of_classes_and_ignored_labels_and_sums():
@@ -159,12 +162,16 @@ def test_chosen_parameters_alone():
         check(found, assembled(n.model, n.batches, n.loss_fn, params=chosen), 1e-10)
 
 
-def test_groups_of_explicit_rows_do_not_change_the_result():
+def test_groups_of_explicit_rows_do_not_change_the_result(monkeypatch):
     n = net("cnn_residual")
     whole = fastsharp.ggn_spectrum(n.model, n.batches, n.loss_fn)
     rows = whole.rows
     need = 5 * 8 * (11 * 3) ** 2 + rows * 8 * 150  # one kernel of 4 x 4 x 3 x 3 at a time
+    passes = []
+    own = Gram._explicit
+    monkeypatch.setattr(Gram, "_explicit", lambda self, group, truth: passes.append(group) or own(self, group, truth))
     parts = fastsharp.ggn_spectrum(n.model, n.batches, n.loss_fn, memory=2 * need)
+    assert len(passes) > 1
     assert torch.allclose(whole.eigenvalues, parts.eigenvalues, rtol=0, atol=64 * EPS * float(whole.eigenvalues[0]))
 
 

@@ -11,17 +11,34 @@ from torch import nn
 
 import fastsharp
 
-CALLS = {"batch_loss", "bracket", "density", "explain", "frobenius", "info", "lanczos", "logdet", "spectrum", "trace", "trace_function"}
+CALLS = {
+    "batch_loss",
+    "bracket",
+    "density",
+    "diagonal",
+    "explain",
+    "frobenius",
+    "ggn_spectrum",
+    "info",
+    "lanczos",
+    "logdet",
+    "row_norms",
+    "spectrum",
+    "trace",
+    "trace_function",
+}
 CLASSES = {
     "Bracket",
     "CallableOperator",
     "CountingOperator",
     "DenseOperator",
     "Density",
+    "DiagonalEstimate",
     "Eigenpairs",
     "Estimate",
     "Explanation",
     "GGN",
+    "GGNSpectrum",
     "Hessian",
     "Spectrum",
     "SymmetricOperator",

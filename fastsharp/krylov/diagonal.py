@@ -223,9 +223,7 @@ def _sampled(
     return estimate()
 
 
-def _xdiag(
-    products: Products, m: int, confidence: float, seed: int, on_step: OnStep | None, settings: dict[str, Any]
-) -> DiagonalEstimate:
+def _xdiag(products: Products, m: int, confidence: float, seed: int, on_step: OnStep | None, settings: dict[str, Any]) -> DiagonalEstimate:
     """The mean over i of diag(P_i A) + w_i o (I - P_i) A w_i, where P_i projects on the images of all probes but w_i.
 
     With A W = Q R and s_i the normalised column i of R^-*, P_i = Q (I - s_i s_i') Q', and (I - P_i) A w_i = (s_i'r_i) Q s_i.

@@ -124,7 +124,9 @@ class Gram:
                 self._macs.append((sum(use.macs for use in record.uses), int((signs != 0).sum())))
         mean = self.objective.reduction != "sum"
         if mean and not 0.0 < counts < float("inf"):
-            raise InputError(f"ggn_spectrum: the counts of the loss add up to {counts:g}, so that its mean is not defined. Check the labels.")
+            raise InputError(
+                f"ggn_spectrum: the counts of the loss add up to {counts:g}, so that its mean is not defined. Check the labels."
+            )
         return self._number(found, counts if mean else 1.0)
 
     def _number(self, found: list[tuple[int, Tensor, Tensor, float]], denominator: float) -> Tensor:
@@ -177,7 +179,9 @@ class Gram:
             if wrong:
                 self._ruled -= wrong
                 if self._explicit(sorted(wrong), truth):
-                    raise InputError("ggn_spectrum: two backward passes disagree: the model is not one fixed function. Check for randomness.")
+                    raise InputError(
+                        "ggn_spectrum: two backward passes disagree: the model is not one fixed function. Check for randomness."
+                    )
         self.K = (self.K + self.K.T) / 2
 
     def _groups(self, columns: list[int]) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,7 @@ def _conv_rule(named: dict[str, Any], x: Tensor, N: int, shape: tuple[int, ...])
         pads = [(t // 2, t - t // 2) for t in total]
     else:
         pads = [(0, 0)] * dims if padding == "valid" else [(p, p) for p in each("padding", 0)]
-    out, O = shape[2:], weight.shape[0]
+    out, width = shape[2:], weight.shape[0]
 
     def rows(B: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the kernels from patches of the padded input: (r, N, o, i / groups, *kernel), (r, N, o)."""
@@ -148,9 +149,9 @@ def _conv_rule(named: dict[str, Any], x: Tensor, N: int, shape: tuple[int, ...])
         size = (N, x.shape[1], *kernel, *out)
         strides = (*padded.stride()[:2], *(s * d for s, d in zip(steps, dilation, strict=True)))
         strides += tuple(s * t for s, t in zip(steps, stride, strict=True))
-        patches = padded.as_strided(size, strides).reshape(N, groups, -1, out.numel())
-        b = B.reshape(len(B), N, groups, O // groups, -1)
-        return torch.einsum("rngos,ngks->rngok", b, patches).reshape(len(B), N, *weight.shape), B.reshape(len(B), N, O, -1).sum(3)
+        patches = padded.as_strided(size, strides).reshape(N, groups, -1, math.prod(out))
+        b = B.reshape(len(B), N, groups, width // groups, -1)
+        return torch.einsum("rngos,ngks->rngok", b, patches).reshape(len(B), N, *weight.shape), B.reshape(len(B), N, width, -1).sum(3)
 
     return rows
 
