@@ -190,7 +190,7 @@ def test_a_loss_that_couples_samples_is_refused():
 
 
 def test_a_matrix_and_bad_arguments_are_refused():
-    with pytest.raises(ArgumentTypeError, match="torch.nn.Module"):
+    with pytest.raises(ArgumentTypeError, match=r"torch\.nn\.Module"):
         fastsharp.ggn_spectrum(torch.eye(3), None)
     n = net("mlp_tanh")
     with pytest.raises(ArgumentTypeError, match="vectors"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastsharp.api.subject import checked, operator_of
+from fastsharp.api.subject import checked, first_steps, operator_of
 from fastsharp.batches import Budget
 from fastsharp.curvature import GGN
 from fastsharp.curvature.gram import Gram, gram
@@ -64,7 +64,7 @@ def ggn_spectrum(
     assert isinstance(operator, GGN)
     budget = Budget.of(memory, operator.device).total // 2
     operator.reserve(budget)
-    with torch.inference_mode(False), torch.no_grad():
+    with first_steps(), torch.inference_mode(False), torch.no_grad():
         made = gram(operator.objective, max_rows, budget)  # refuses before the preflight spends products
         checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
         operator.check_unchanged()
@@ -140,4 +140,5 @@ def _vectors(made: Gram, U: torch.Tensor, budget: int) -> torch.Tensor:
             "Pass vectors= a smaller number, or raise memory=."
         )
     X = made.pull(U.T)
-    return X / torch.linalg.vector_norm(X, dim=1, keepdim=True)
+    X /= torch.linalg.vector_norm(X, dim=1, keepdim=True)
+    return X

@@ -231,7 +231,7 @@ def _xdiag(products: Products, m: int, confidence: float, seed: int, on_step: On
     operator = products.operator
     W = torch.empty((m, operator.n), dtype=operator.dtype, device=operator.device)
     ops.probes("rademacher", out=W, seed=seed)
-    Y = torch.cat([_step(products, part, on_step, 2 * m) for part in W.split(BLOCK)])
+    Y = torch.cat([_step(products, part, on_step, 2 * m) for part in torch.split(W, BLOCK)])
     Q, R = torch.linalg.qr(Y.T)  # (n, m), (m, m)
     size = R.abs().max()
     if not bool(R.diagonal().abs().min() > m * products.eps * size):
@@ -239,14 +239,14 @@ def _xdiag(products: Products, m: int, confidence: float, seed: int, on_step: On
             f"diagonal: the images of {m} probes are dependent to rounding: the rank of the matrix is below {m}.\n"
             "Pass fewer products, or method='hutchinson'."
         )
-    Z = torch.cat([_step(products, part.contiguous(), on_step, 2 * m) for part in Q.T.split(BLOCK)])
+    Z = torch.cat([_step(products, part.contiguous(), on_step, 2 * m) for part in torch.split(Q.T, BLOCK)])
     R = R.double()
     S = torch.linalg.solve_triangular(R, torch.eye(m, dtype=R.dtype, device=R.device), upper=True).T  # R^-*: columns s_i
     S /= S.norm(dim=0)
     through = (S * R).sum(0)
     value = torch.empty(operator.n, dtype=torch.float64, device=operator.device)
     stderr = torch.empty_like(value)
-    for part in torch.arange(operator.n, device=operator.device).split(1 << 12):
+    for part in torch.split(torch.arange(operator.n, device=operator.device), 1 << 12):
         q, z = Q[part].double(), Z[:, part].double().T
         qs = q @ S
         base = (q * z).sum(1)

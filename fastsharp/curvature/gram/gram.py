@@ -97,7 +97,8 @@ class Gram:
 
     @staticmethod
     def _backward(z: Tensor, u: Tensor, inputs: Any) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(z, inputs, u, retain_graph=True, allow_unused=True, materialize_grads=True)
+        grads: tuple[Tensor, ...] = torch.autograd.grad(z, inputs, u, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return grads
 
     def _survey(self, max_rows: int) -> Tensor:
         """One pass: roots of all batches, which parameters have which structure, and refusal of what is too large."""
@@ -254,8 +255,8 @@ class Gram:
 
     def _agrees(self, got: Tensor, truth: Tensor, squares: Tensor) -> bool:
         """Whether sum_r w_r J_r is that of the backward pass; squares (R,): ||J_r||^2."""
-        scale = float((self._w.square() * squares).sum()) ** 0.5
-        return float((got.double() - truth.double()).norm()) <= _GATE * torch.finfo(truth.dtype).eps * scale
+        scale: float = float((self._w.square() * squares).sum()) ** 0.5
+        return bool((got.double() - truth.double()).norm() <= _GATE * torch.finfo(truth.dtype).eps * scale)
 
     def _explicit(self, group: list[int], truth: list[Tensor]) -> set[int]:
         """K += J J' for the explicit rows J of these parameters; those whose rows miss the backward pass are left out and returned."""
@@ -273,8 +274,12 @@ class Gram:
         wrong = set()
         for i, rows in J.items():
             flat = rows.reshape(self.rows, -1)
-            if self._agrees((self._w.to(flat.dtype) @ flat).reshape(truth[i].shape), truth[i], flat.double().square().sum(1)):
-                for part_ in flat.split(_COLUMNS, dim=1):
+            if self._agrees(
+                (self._w.to(flat.dtype) @ flat).reshape(truth[i].shape),
+                truth[i],
+                torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square(),
+            ):
+                for part_ in torch.split(flat, _COLUMNS, dim=1):
                     double = part_.double()
                     self.K += double @ double.T
             else:

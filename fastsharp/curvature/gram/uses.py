@@ -81,7 +81,7 @@ class Record(TorchFunctionMode):
         numbers = [self._number.get(id(t)) for t in (weight, bias)]
         shared = func is not F.linear or x.numel() != self._samples * x.shape[-1]
         product = func is F.linear or func in _CONV
-        macs = out.numel() * (weight.numel() // weight.shape[0]) if product else 0
+        macs = out.numel() * (named["weight"].numel() // named["weight"].shape[0]) if product else 0
         return Use(x.detach(), get_gradient_edge(out), numbers[0], numbers[1], shared, macs, rule)
 
 
@@ -132,7 +132,8 @@ def _conv_rule(named: dict[str, Any], x: Tensor, N: int, shape: tuple[int, ...])
 
     def each(name: str, default: int) -> tuple[int, ...]:
         value = named.get(name, default)
-        return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value))
+        values: tuple[int, ...] = (value,) if isinstance(value, int) else tuple(value)
+        return tuple(values[i % len(values)] for i in range(dims))
 
     stride, dilation, padding = each("stride", 1), each("dilation", 1), named.get("padding", 0)
     if padding == "same":
@@ -177,7 +178,8 @@ def _norm_rule(
     else:
 
         def plain() -> Tensor:
-            return func(x, named["normalized_shape"], **eps)
+            result: Tensor = func(x, named["normalized_shape"], **eps)
+            return result
 
     def rows(B: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of scale and shift: sums over the positions that share them."""
