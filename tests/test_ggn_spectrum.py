@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastsharp
-from fastsharp.curvature.gram import Gram
+from fastsharp.curvature.gram import Gram, gram
 from fastsharp.curvature.gram.uses import Record
 from fastsharp.errors import ArgumentTypeError, BasisMemoryError, InputError
 from tests.cases import NAMES, cut, net
@@ -89,8 +89,20 @@ def test_kinds_of_parameters():
     model, batch = Kinds().double(), (torch.randn(7, 2, 5, 6, dtype=torch.float64), torch.arange(7) % 3)
     found = fastsharp.ggn_spectrum(model, cut(batch, (4, 3)))
     check(found, assembled(model, cut(batch, (4, 3))), 1e-10)
-    assert any("scale" in note and "one backward pass" in note for note in found.notes)
-    assert not any("twice" in note for note in found.notes)
+    (note,) = (note for note in found.notes if "one backward pass" in note)
+    assert note.endswith("rows: scale")
+
+
+@pytest.mark.parametrize("name", ["mlp_tanh", "cnn_batchnorm_eval", "cnn_residual", "vit_block", "tied_language_model"])
+def test_structure_is_used_where_there_is_one(name):
+    """No parameter goes by a backward pass for each row, and weights that a sample passes once go by factors."""
+    n = net(name)
+    made = gram(fastsharp.GGN(n.model, n.batches, n.loss_fn).objective, 10_000, 10**9)
+    assert made.by_rows == ()
+    single = {made.names[i] for i in made._single}
+    heads = {"cnn_batchnorm_eval": "8", "cnn_residual": "head", "vit_block": "head"}
+    once = {"mlp_tanh": set(made.names), "tied_language_model": set()}.get(name)
+    assert single == (once if once is not None else {f"{heads[name]}.weight", f"{heads[name]}.bias"})
 
 
 class Coupled(nn.Module):
@@ -165,12 +177,10 @@ def test_chosen_parameters_alone():
 def test_groups_of_explicit_rows_do_not_change_the_result(monkeypatch):
     n = net("cnn_residual")
     whole = fastsharp.ggn_spectrum(n.model, n.batches, n.loss_fn)
-    rows = whole.rows
-    need = 5 * 8 * (11 * 3) ** 2 + rows * 8 * 150  # one kernel of 4 x 4 x 3 x 3 at a time
     passes = []
     own = Gram._explicit
     monkeypatch.setattr(Gram, "_explicit", lambda self, group, truth: passes.append(group) or own(self, group, truth))
-    parts = fastsharp.ggn_spectrum(n.model, n.batches, n.loss_fn, memory=2 * need)
+    parts = fastsharp.ggn_spectrum(n.model, n.batches, n.loss_fn, memory=100_000)  # 50 kB: K, and one kernel of 4 x 4 x 3 x 3 at a time
     assert len(passes) > 1
     assert torch.allclose(whole.eigenvalues, parts.eigenvalues, rtol=0, atol=64 * EPS * float(whole.eigenvalues[0]))
 

@@ -68,13 +68,14 @@ def ggn_spectrum(
         made = gram(operator.objective, max_rows, budget)  # refuses before the preflight spends products
         checked(operator, preflight=preflight, strict_data=strict_data, seed=seed)
         operator.check_unchanged()
-        values, U = _eigen(made)
+        values, U = _eigen(made, vectors=bool(vectors))
         error = _compared(made, operator)
         count = len(values) if vectors is True else min(int(vectors), len(values))
         found = _vectors(made, U[:, :count], budget) if vectors else None
         operator.check_unchanged()
     signs, K = made.signs, made.K
-    flops = made.flops
+    whole = bool(vectors) or bool((signs < 0).any())
+    flops = {**made.flops, "eigh": (9.0 if whole else 4.0 / 3.0) * made.rows**3}
     notes = list(operator.notes)
     if made.by_rows:
         notes.append(f"one backward pass for each of {made.rows} rows: {listing(list(made.by_rows), 4)}")
@@ -95,16 +96,20 @@ def ggn_spectrum(
     )
 
 
-def _eigen(made: Gram) -> tuple[torch.Tensor, torch.Tensor]:
-    """Non-zero eigenvalues, descending, and coefficients U (R, rank) with eigenvectors M'U: orthonormal ones."""
+def _eigen(made: Gram, *, vectors: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Non-zero eigenvalues, descending, and coefficients U (R, rank) with orthonormal eigenvectors M'U; no columns unless `vectors`."""
     if not made.rows:
         return made.signs.new_zeros(0), made.K
     eps, model_eps = torch.finfo(torch.float64).eps, torch.finfo(made.objective.dtype).eps
     floor = made.rows * max(eps, model_eps**2)  # of decomposition and of rows whose entries are rounded
+    convex = bool((made.signs > 0).all())
+    if convex and not vectors:
+        values = torch.linalg.eigvalsh(made.K)
+        return values[values > floor * values[-1]].flip(0), made.K[:, :0]
     values, V = torch.linalg.eigh(made.K)
     kept = values > floor * values[-1]
     values, V = values[kept].flip(0), V[:, kept].flip(1)
-    if bool((made.signs > 0).all()):
+    if convex:
         return values, V / values.sqrt()
     P = V * values.sqrt()  # K = P P', G = (M'V / sqrt(values)) P'D P (...)'
     mixed, W = torch.linalg.eigh(P.T @ (made.signs[:, None] * P))

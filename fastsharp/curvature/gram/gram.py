@@ -43,7 +43,7 @@ class Gram:
     """K = M M' in float64 and D; `pull` multiplies by M'.
 
     K, signs  (R, R) and (R,), on the model's device
-    flops     of K, of its decomposition, and of one product with G: what decides whether Lanczos is the cheaper way
+    flops     of K and of one product with G: with those of the decomposition they say whether Lanczos is the cheaper way
     by_rows   names of parameters that went by one backward pass a row
     """
 
@@ -67,11 +67,13 @@ class Gram:
 
     @property
     def flops(self) -> dict[str, float]:
+        weights = [p.shape for i, p in enumerate(self.params) if i in self._single and p.ndim == 2]
+        factors = sum(2.0 * (self.rows**2 * o + self._samples**2 * i + self._samples * o * i) for o, i in weights)
         columns = [p.numel() for i, p in enumerate(self.params) if i not in self._single]
         product = sum(8.0 * macs for macs, _ in self._macs)
         passes = sum(2.0 * macs * self._depth(k) for k, (macs, _) in enumerate(self._macs))
         backward = sum(4.0 * macs * rows for macs, rows in self._macs) if self.by_rows else 0.0
-        return {"gram": passes + backward + 2.0 * self.rows**2 * sum(columns), "eigh": 9.0 * self.rows**3, "product": product}
+        return {"gram": passes + backward + factors + 2.0 * self.rows**2 * sum(columns), "product": product}
 
     def _depth(self, k: int) -> int:
         return len(self._parts[k].rows)
@@ -243,7 +245,8 @@ class Gram:
         for i, A in inputs.items():
             A, B = A.double(), slopes[i].double()
             BB, own = B @ B.T, (A @ A.T)[sample][:, sample]
-            pairs = [(i, (B * self._w[:, None]).T @ A[sample], BB, A.square().sum(1)[sample])]
+            by_sample = B.new_zeros((self._samples, B.shape[1])).index_add_(0, sample, B * self._w[:, None])
+            pairs = [(i, by_sample.T @ A, BB, A.square().sum(1)[sample])]
             if i in bias:
                 pairs.append((bias[i], B.T @ self._w, BB, torch.ones_like(self._w)))
                 own = own + 1.0
