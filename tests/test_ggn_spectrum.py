@@ -93,6 +93,18 @@ def test_kinds_of_parameters():
     assert note.endswith("rows: scale")
 
 
+def test_an_embedding_with_a_padding_row():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 3, padding_idx=-2), nn.Flatten(), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        model[0].weight[5] = 1.0
+    batch = (torch.randint(7, (9, 4)), torch.arange(9) % 3)
+    batch[0][0] = 5
+    found = fastsharp.ggn_spectrum(model, batch)
+    check(found, assembled(model, batch), 1e-10)
+    assert not any("one backward pass" in note for note in found.notes)
+
+
 @pytest.mark.parametrize("name", ["mlp_tanh", "cnn_batchnorm_eval", "cnn_residual", "vit_block", "tied_language_model"])
 def test_structure_is_used_where_there_is_one(name):
     """No parameter goes by a backward pass for each row, and weights that a sample passes once go by factors."""
