@@ -1,7 +1,7 @@
 """The whole non-zero spectrum of a batch's Gauss-Newton matrix: its Gram matrix beside m = 100 products with the matrix.
 
     pytest bench/bench_gram.py -s                one table, and rows in bench/results/gram.jsonl
-    FASTSHARP_BENCH_REPS=5                       interleaved rounds (5)
+    FASTSHARP_BENCH_REPS=3                       interleaved rounds (3)
 
 The rival is what any Lanczos or SLQ run pays at least: 100 products of `fastsharp.GGN`, its graph kept, in blocks of 10, without a
 basis, without orthogonalisation. It gives some eigenvalues or a density; the Gram matrix gives all of them. Construction and preflight
