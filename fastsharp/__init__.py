@@ -11,11 +11,13 @@ from fastsharp.api import bracket as bracket
 from fastsharp.api import coherence as coherence
 from fastsharp.api import critical_sharpness as critical_sharpness
 from fastsharp.api import density as density
+from fastsharp.api import diagonal as diagonal
 from fastsharp.api import directional_sharpness as directional_sharpness
 from fastsharp.api import edge_of_stability as edge_of_stability
 from fastsharp.api import explain as explain
 from fastsharp.api import fisher_rao as fisher_rao
 from fastsharp.api import frobenius as frobenius
+from fastsharp.api import ggn_spectrum as ggn_spectrum
 from fastsharp.api import gradient_overlap as gradient_overlap
 from fastsharp.api import input_jacobian as input_jacobian
 from fastsharp.api import lanczos as lanczos
@@ -27,6 +29,7 @@ from fastsharp.api import margin as margin
 from fastsharp.api import measure as measure
 from fastsharp.api import prediction_confidence as prediction_confidence
 from fastsharp.api import relative_flatness as relative_flatness
+from fastsharp.api import row_norms as row_norms
 from fastsharp.api import sample_curvature as sample_curvature
 from fastsharp.api import sharpness as sharpness
 from fastsharp.api import spectrum as spectrum
@@ -55,9 +58,11 @@ from fastsharp.operator import DenseOperator as DenseOperator
 from fastsharp.operator import SymmetricOperator as SymmetricOperator
 from fastsharp.results import Bracket as Bracket
 from fastsharp.results import Density as Density
+from fastsharp.results import DiagonalEstimate as DiagonalEstimate
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
+from fastsharp.results import GGNSpectrum as GGNSpectrum
 from fastsharp.results import Landscape2D as Landscape2D
 from fastsharp.results import LayerSpectra as LayerSpectra
 from fastsharp.results import Report as Report
