@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fastsharp import ops
+from fastsharp import ops, quantiles
 from fastsharp.errors import ArgumentTypeError, InputError, Interrupted
-from fastsharp.krylov import quantiles
 from fastsharp.krylov.products import Products
 from fastsharp.krylov.symmetry import CHECKS, PROBE_PRODUCTS, needs_probes, probe
 from fastsharp.operator import SymmetricOperator
