@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
 from fastsharp.curvature.autograd import GaussNewtonGraph, lacks_second_derivative
@@ -33,6 +32,7 @@ from fastsharp.curvature.network_output import network_output
 from fastsharp.curvature.rop.linearise import Linearised
 from fastsharp.curvature.rop.tape import record
 from fastsharp.losses import Loss, Value
+from fastsharp.widening import NARROW, Doubling
 
 if TYPE_CHECKING:
     from fastsharp.curvature.finite_sum import FiniteSum
@@ -45,8 +45,6 @@ _AGREE = 0.3  # errors of two steps closer than this share of their norm are one
 _ATTEMPTS = ((1.0, _SAMPLES, False), (0.1, _SAMPLES, False), (0.1, 4, True))  # share of the step, samples, beside the weights
 _LADDER = tuple(10.0**-e for e in range(7))  # shares of the step on one sample
 _CANDIDATES = 8  # samples among which the one with the largest loss is taken: a saturated one tells nothing
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 Found = TypeVar("Found")
 
 
@@ -242,7 +240,7 @@ class DoubleGradient:
                 return self._loss(self._batch)
 
         value = _with_weights(objective.model, weights, call)
-        if value.loss.dtype in _NARROW:
+        if value.loss.dtype in NARROW:
             self.narrow = "the loss"
         return value
 
@@ -251,34 +249,11 @@ class DoubleGradient:
         before = torch.get_default_dtype()
         torch.set_default_dtype(self._default)
         try:
-            with _Doubling() as mode:
+            with Doubling() as mode:
                 yield
             self.narrow = self.narrow or mode.narrow
         finally:
             torch.set_default_dtype(before)
-
-
-class _Doubling(TorchFunctionMode):
-    """Casts that are written out in a model or loss (`x.float()`, `dtype=torch.float32`) go to float64, as do float32 constants
-    that meet float64 tensors (class weights in a closure, tables)."""
-
-    narrow: str | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func, kwargs = torch.Tensor.double if func in _CASTS else func, kwargs or {}
-        name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
-        meets = not writes and any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in (*args, *kwargs.values()))
-        result = func(*(_widened(a, meets) for a in args), **{k: _widened(v, meets) for k, v in kwargs.items()})
-        if isinstance(result, torch.Tensor) and result.dtype in _NARROW and result.requires_grad and self.narrow is None:
-            self.narrow = name or str(func)
-        return result
-
-
-def _widened(value: Any, tensors: bool) -> Any:
-    if tensors and isinstance(value, torch.Tensor) and value.dtype in _NARROW:
-        return value.double()
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
 def _with_weights(model: nn.Module, weights: dict[str, torch.Tensor], call: Callable[[], Value]) -> Value:

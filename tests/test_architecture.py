@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastsharp"
-BELOW_OBJECTIVE = {"errors", "batches", "guard", "locate", "losses", "params"}
+BELOW_OBJECTIVE = {"errors", "batches", "guard", "locate", "losses", "params", "widening"}
 ALLOWED = {
     "errors": {"results"},  # for types
     "rng": set(),
