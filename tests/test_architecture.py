@@ -19,6 +19,7 @@ ALLOWED = {
     "store": {"errors"},
     "recorded": {"errors", "operator", "store"},
     "params": {"errors"},
+    "widening": set(),
     "guard": {"errors"},
     "batches": {"errors", "guard"},
     "samples": {"errors", "batches", "guard"},
