@@ -208,7 +208,8 @@ def test_instance_norm_that_updates_running_statistics_is_refused_and_eval_is_me
     want = in_eval(model)
     assert gap(fastsharp.Hessian(model.eval(), BATCHES, LOSS), want) <= GATE
     plain = around(Spatial(nn.InstanceNorm1d(3, affine=True), 3, 2))  # the same function in both modes
-    assert gap(fastsharp.Hessian(plain, BATCHES, LOSS), in_eval(plain)) <= GATE
+    H = sum(len(y) / len(Y) * _masked_hessian(plain, x, y, 0) for x, y in BATCHES)  # torch's forward mode is asymmetric here, by 1e-2
+    assert gap(fastsharp.Hessian(plain, BATCHES, LOSS), H) <= GATE
 
 
 class Checkpointed(nn.Module):
