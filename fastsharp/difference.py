@@ -28,9 +28,10 @@ from fastsharp.curvature.form import HESSIAN, Form
 from fastsharp.curvature.mlp import double_product
 from fastsharp.curvature.rop.linearise import Linearised
 from fastsharp.curvature.rop.tape import record
-from fastsharp.doubling import NARROW, Doubling, double_loss, to_double
+from fastsharp.doubling import double_loss, to_double
 from fastsharp.losses import Value
 from fastsharp.swap import with_weights
+from fastsharp.widening import NARROW, Doubling
 
 if TYPE_CHECKING:
     from fastsharp.curvature.finite_sum import FiniteSum

@@ -7,7 +7,7 @@ import platform
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from fastsharp.locate import non_finite_loss
 from fastsharp.losses import Loss, Value
 from fastsharp.parallel import refuse_shares
 from fastsharp.params import Selection, Selector, again, select
+from fastsharp.widening import CastsSeen, Doubling
 
 _CHUNK = 1 << 20  # elements of a checksum taken at once
 _SMALL = 1 << 16  # elements below which the checksums of zlib are faster
@@ -81,8 +82,10 @@ class Objective:
         self.loss = Loss(model, loss_fn, reduction)
         self.uses_attention = False
         self.kinks: tuple[str, ...] = ()  # operations of the first evaluation without a second derivative somewhere
+        self._widened = False
         self.record_weights()
         self._check_buffers()
+        self._widened = self.dtype == torch.float64 and self._runs_widened()
         self.loss.settle_reduction(self.batches.first(), self._once)
         self.batches.ordered = self.modes.by_batch() or not self.loss.additive
 
@@ -128,7 +131,9 @@ class Objective:
     @contextmanager
     def quiet(self, *, by_value: bool = False, forward: bool = True, tf32: bool = False) -> Iterator[None]:
         """Twice differentiable evaluation; everything of the caller's is restored on the way out. See `guard.untouched`."""
-        with untouched(self.model, self.device, by_value=by_value, forward=forward, tf32=tf32):
+        with untouched(self.model, self.device, by_value=by_value, forward=forward, tf32=tf32), ExitStack() as stack:
+            if self._widened:  # around backward passes too: checkpoints run the model again in them
+                stack.enter_context(Doubling())
             yield
 
     def notes(self) -> list[str]:
@@ -138,6 +143,8 @@ class Objective:
             notes.append("reduction 'sum': the matrix is that of the plain sum over examples, not of their mean")
         if self.loss.loss_fn is None:
             notes.append("loss: the model's own .loss, or cross-entropy")
+        if self._widened:
+            notes.append("casts to float32 inside the model or loss were left out: everything ran in float64")
         if self.batches.streamed:
             notes.append("the data exceed the memory budget and were read anew in every product")
         return notes
@@ -240,6 +247,21 @@ class Objective:
                         f"Convert {advice}({self.dtype}), or the whole model with model.float() or model.double()."
                     ) from e
             raise
+
+    def _runs_widened(self) -> bool:
+        """Whether this float64 model casts to float32 inside, and evaluates without those casts as well.
+
+        Left in, they would cut products of transformers to 1e-7: seen as asymmetry, or not at all. Casts to half precision are
+        meant as such and stay.
+        """
+        batch = self.batches.first()
+        with self.quiet(), torch.no_grad(), CastsSeen() as casts:
+            self.evaluate_unchecked(0, batch)
+        if casts.found != {torch.float32}:
+            return False
+        with suppress(Exception), self.quiet(), torch.no_grad(), Doubling():  # code that insists on float32 keeps it
+            return self.evaluate_unchecked(0, batch).loss.dtype == torch.float64
+        return False
 
     def _check_buffers(self) -> None:
         """The forward pass must leave buffers alone, or each product would see another function."""

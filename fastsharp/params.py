@@ -106,6 +106,7 @@ def select(model: nn.Module, params: Selector = None) -> Selection:
             "Measure the float model before its conversion." if quantised(model) else "Pass a model with at least one trainable parameter."
         )
         raise NoParametersError(f"{type(model).__name__} has no {kind}. {advice}")
+    _check_present(names)
     wanted = _wanted(names, aliases, params)
     frozen = tuple(name for name in wanted if not names[name].requires_grad)
     chosen = [name for name in wanted if names[name].requires_grad]
@@ -176,11 +177,19 @@ def _nonempty(matched: list[str], complaint: str, names: dict[str, torch.Tensor]
     return matched
 
 
+def _check_present(names: dict[str, torch.Tensor]) -> None:
+    """Frozen parameters take part in the forward pass, so that theirs have to be there as well."""
+    away = [name for name, p in names.items() if p.is_meta]
+    if away:
+        raise DeviceError(
+            f"on the meta device, without values: {listing([repr(name) for name in away], 4)}.\n"
+            "Load the weights first; what accelerate has offloaded comes back with accelerate.hooks.remove_hook_from_submodules(model)."
+        )
+
+
 def _check_one(name: str, p: torch.Tensor) -> None:
     if isinstance(p, nn.parameter.UninitializedParameter):
         raise ParamError(f"parameter {name!r} has no shape yet (a lazy module). Run one forward pass first.")
-    if p.is_meta:
-        raise DeviceError(f"parameter {name!r} is on the meta device, without values. Load the weights first.")
     if p.is_inference():
         raise InferenceTensorError(
             f"parameter {name!r} was created under inference_mode. Rebuild the model outside of it, or clone its parameters."

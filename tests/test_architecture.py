@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastsharp"
-BELOW_OBJECTIVE = {"errors", "batches", "graph_check", "guard", "locate", "losses", "parallel", "params", "reading"}
+BELOW_OBJECTIVE = {"errors", "batches", "graph_check", "guard", "locate", "losses", "parallel", "params", "reading", "widening"}
 ALLOWED = {
     "errors": {"results"},  # for types
     "rng": set(),
@@ -22,6 +22,7 @@ ALLOWED = {
     "store": {"errors"},
     "recorded": {"errors", "operator", "store"},
     "params": {"errors", "graph_check"},
+    "widening": set(),
     "guard": {"errors"},
     "graph_check": {"errors"},
     "parallel": {"errors"},
