@@ -1,22 +1,15 @@
-"""What the command line shows and writes of a result: a table for 80 columns and strict JSON."""
+"""What the command line shows of a result: a table for 80 columns and the lines under it."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fastsharp.results import Eigenpairs
-
-SCHEMA, SCHEMA_VERSION = "fastsharp.eigenpairs", 1
 
 
 def table(result: Eigenpairs) -> Table:
@@ -80,55 +73,3 @@ def _preflight(outcome: Any) -> str:
         f"{k.replace('_', ' ')} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in outcome.items() if k != "level" and v != ()
     ]
     return f"passed ({outcome.get('level')}): {', '.join(measured)}"
-
-
-def record(result: Eigenpairs, **extra: Any) -> dict[str, Any]:
-    """The result as plain JSON values, without the eigenvectors; `extra` are further sections (data, model, seconds).
-
-    Numbers that JSON has no sign for (inf, nan) become null, tensors lists, everything unknown its str().
-    """
-    return {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "eigenvalues": plain(result.eigenvalues),
-        "residuals": plain(result.residuals),
-        "relative_residuals": plain(relative_residuals(result)),
-        "error_bounds": plain(result.error_bounds),
-        "converged": plain(result.converged),
-        "verified": result.verified,
-        "n_parameters": result.eigenvectors.shape[1],
-        "n_matvec": result.n_matvec,
-        "n_verify": result.n_verify,
-        "notes": list(result.notes),
-        "settings": plain(result.settings),
-        "provenance": plain(result.provenance),
-        **{key: plain(value) for key, value in extra.items()},
-    }
-
-
-def plain(value: Any) -> Any:
-    """value in JSON's own types."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in value]
-    if callable(value):  # its str() holds an address, which differs from run to run
-        return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return str(value)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Strict JSON under its final name only when complete: written beside it, then renamed."""
-    text = json.dumps(content, allow_nan=False, indent=2, ensure_ascii=False) + "\n"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

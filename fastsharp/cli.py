@@ -122,8 +122,9 @@ def _measure(
     """lanczos on the images, shown; written into `out` if given. The model is put into the mode that the options mean."""
     import fastsharp
     from fastsharp import data
-    from fastsharp._report import facts, record, table, write_json
+    from fastsharp._report import facts, relative_residuals, table
     from fastsharp.data._files import sha256_file
+    from fastsharp.results import _files
 
     mode = _set_mode(model, options.get("bn"), options.get("dropout"))
     device = next(model.parameters()).device
@@ -147,12 +148,12 @@ def _measure(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         model_record = {"name": name, "mode": mode, "weights": str(weights), "weights_sha256": sha256_file(weights)}
-        write_json(out / "result.json", record(result, seconds=seconds, data=images.provenance(), model=model_record))
+        extra = {"n_parameters": result.eigenvectors.shape[1], "relative_residuals": relative_residuals(result)}
+        extra |= {"seconds": seconds, "data": images.provenance(), "model": model_record}
+        _files.save(result, out / "result.json", extra=extra)
         result.plot(out / "eigenvalues.png")
         if save_vectors:
-            from safetensors.torch import save_file
-
-            save_file({"eigenvectors": result.eigenvectors.cpu().contiguous()}, out / "eigenvectors.safetensors")
+            result.save(out / "eigenvectors.safetensors")
         _line(console, "written", ", ".join(sorted(str(out / p.name) for p in out.iterdir() if p.name in _WRITTEN)))
     if not bool(result.converged.all()):
         missed = int((~result.converged).sum())

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
@@ -33,6 +32,7 @@ from fastsharp.curvature.network_output import network_output
 from fastsharp.curvature.rop.linearise import Linearised
 from fastsharp.curvature.rop.tape import record
 from fastsharp.losses import Loss, Value
+from fastsharp.swap import with_weights
 
 if TYPE_CHECKING:
     from fastsharp.curvature.finite_sum import FiniteSum
@@ -241,7 +241,7 @@ class DoubleGradient:
             with objective.modes.applied(self._key, objective.mask_seed(self._key)):
                 return self._loss(self._batch)
 
-        value = _with_weights(objective.model, weights, call)
+        value = with_weights(objective.model, weights, call)
         if value.loss.dtype in _NARROW:
             self.narrow = "the loss"
         return value
@@ -279,27 +279,6 @@ def _widened(value: Any, tensors: bool) -> Any:
     if tensors and isinstance(value, torch.Tensor) and value.dtype in _NARROW:
         return value.double()
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
-
-
-def _with_weights(model: nn.Module, weights: dict[str, torch.Tensor], call: Callable[[], Value]) -> Value:
-    """call() while the model's parameters and buffers are `weights`; the loss object calls the model itself."""
-
-    class Swapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self) -> Value:
-            return call()
-
-    # recurrent modules keep a second list of their weights, which functional_call leaves at the swapped ones
-    lists = [(m, m._flat_weights, m._flat_weight_refs) for m in model.modules() if isinstance(m, nn.RNNBase)]
-    try:
-        result: Value = functional_call(Swapped(), {f"inner.{name}": t for name, t in weights.items()}, ())
-    finally:
-        for m, flat, refs in lists:
-            m.__dict__["_flat_weights"], m.__dict__["_flat_weight_refs"] = flat, refs
-    return result
 
 
 def _double_loss(loss: Loss) -> Loss:

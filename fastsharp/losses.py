@@ -172,6 +172,29 @@ class Loss:
         return "cross-entropy" if self.loss_fn is None else f"loss {_name(self.loss_fn)}"
 
 
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The options of a cross-entropy of logits."""
+
+    ignore_index: int
+    weight: torch.Tensor | None
+    label_smoothing: float
+
+
+def cross_entropy_of(loss_fn: Any) -> CrossEntropy | None:
+    """The options of torch's cross-entropy, which None stands for as well; None for every other loss.
+
+    Class weights together with label smoothing make another loss: the smoothed part weighs classes, not samples.
+    """
+    base = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
+    if base is not None and not isinstance(base, nn.CrossEntropyLoss) and base is not F.cross_entropy:
+        return None
+    given = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
+    smoothing = given.get("label_smoothing", getattr(base, "label_smoothing", 0.0))
+    ignore, weight = _options(loss_fn)
+    return None if smoothing and weight is not None else CrossEntropy(ignore, weight, float(smoothing))
+
+
 def split(batch: Any, *, keep_target: bool = False) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """A batch as (positional inputs, keyword inputs, target); `keep_target` leaves a mapping's labels among its inputs."""
     if isinstance(batch, Mapping):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fastsharp.results import Density, Eigenpairs
+    from fastsharp.results import Density, Eigenpairs, Landscape2D
     from fastsharp.training import Record
 
 _GOOD, _BAD, _INK, _SOFT, _FAINT = "#1f5fa8", "#c8421a", "#333333", "#666666", "#8a8a8a"
@@ -176,6 +176,64 @@ def plot_history(records: Sequence[Record], path: str | Path | None = None) -> F
     ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     ax.legend(frameon=False, fontsize=9)
     ax.set_title("Sharpness through training", fontsize=13, loc="left")
+    if path is not None:
+        fig.savefig(path, format="png")
+    return fig
+
+
+def plot_landscape(drawn: Landscape2D, path: str | Path | None = None) -> Figure:
+    """The loss along eigenvectors, and beside it the parabola of slope and eigenvalue; written as PNG if a path is given."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    k = len(drawn.lines)
+    fig = Figure(figsize=(7.0, 3.4), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(1, k, sharey=True, squeeze=False)[0]
+    s = drawn.steps
+    for i, ax in enumerate(axes):
+        parabola = drawn.loss + drawn.slopes[i] * s + drawn.curvatures[i] * s.square() / 2
+        ax.plot(s.tolist(), parabola.tolist(), color=_SOFT, linestyle="--", linewidth=1, label="second order")
+        ax.plot(s.tolist(), (drawn.loss + drawn.lines[i]).tolist(), color=_GOOD, linewidth=1.6, label="loss")
+        ax.plot([0.0], [drawn.loss], marker="o", color=_INK, markersize=4)
+        ax.set_xlabel(f"step along eigenvector {i + 1}")
+        ax.annotate(
+            rf"$\lambda_{{{i + 1}}}$ = {float(drawn.curvatures[i]):.4g}",
+            (0.5, 0.97),
+            xycoords="axes fraction",
+            ha="center",
+            va="top",
+            fontsize=9,
+        )
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+        ax.tick_params(labelsize=9)
+    axes[0].set_ylabel("loss")
+    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    fig.suptitle("The loss along the top eigenvectors", fontsize=13, x=0.01, ha="left")
+    if path is not None:
+        fig.savefig(path, format="png")
+    return fig
+
+
+def plot_plane(drawn: Landscape2D, path: str | Path | None = None) -> Figure:
+    """Contours of the loss on a plane of two filter-normalised directions; written as PNG if a path is given."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(5.6, 4.8), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(fig)
+    ax = fig.subplots()
+    axis, height = drawn.axis.tolist(), (drawn.loss + drawn.plane).T.tolist()
+    filled = ax.contourf(axis, axis, height, levels=24, cmap="viridis")
+    ax.contour(axis, axis, height, levels=24, colors="white", linewidths=0.4, alpha=0.5)
+    ax.plot([0.0], [0.0], marker="o", color="white", markeredgecolor=_INK, markersize=6)
+    ax.set_xticks([-1.0, -0.5, 0.0, 0.5, 1.0])
+    ax.set_yticks([-1.0, -0.5, 0.0, 0.5, 1.0])
+    ax.set_xlabel("first direction, in norms of the filters")
+    ax.set_ylabel("second direction")
+    ax.set_title("The loss around the weights", fontsize=13, loc="left")
+    fig.colorbar(filled, ax=ax, label="loss")
     if path is not None:
         fig.savefig(path, format="png")
     return fig

@@ -34,6 +34,12 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def label(self, text: str) -> None:
+        """From now on it is `text` that runs."""
+        self._label, self._start = text, time.monotonic()
+        if self._bar is not None:
+            self._bar.reset(self._task, description=text)
+
     def on_plan(self, plan: Any) -> None:
         """What the run will hold in memory: printed above the bar as soon as there is one, that is, before a long run."""
         self._plan = str(plan)
@@ -56,7 +62,7 @@ class Progress:
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn(self._label),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("products  {task.fields[top]}  {task.fields[left]}"),
@@ -65,7 +71,7 @@ class Progress:
         self._bar.start()
         if self._plan:
             self._bar.console.print(self._plan, highlight=False, soft_wrap=True)
-        self._task = self._bar.add_task("lanczos", total=None, top="", left="")
+        self._task = self._bar.add_task(self._label, total=None, top="", left="")
 
 
 def _spoken(seconds: float) -> str:

@@ -29,15 +29,17 @@ ALLOWED = {
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,
     "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
-    "results": {"errors", "plots", "params"},
+    "results": {"errors", "plots", "params", "report"},
     "krylov": {"errors", "operator", "ops", "rng", "results"},
-    "difference": BELOW_OBJECTIVE | {"objective", "curvature"},
+    "difference": BELOW_OBJECTIVE | {"objective", "curvature", "swap"},
     "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
     "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference", "engine_check"},
+    "swap": set(),
+    "measures": BELOW_OBJECTIVE | {"objective", "operator", "krylov", "results", "rng", "swap"},
     "data": {"errors"},
     "models": {"errors"},
 }
-ABOVE = {"api", "cli", "plots", "progress", "training", "callbacks", "_report", "_environment", "__init__"}
+ABOVE = {"api", "cli", "compat", "plots", "progress", "training", "callbacks", "_report", "report", "_environment", "__init__"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

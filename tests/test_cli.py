@@ -66,7 +66,7 @@ def test_demo_prints_a_table_and_writes_picture_and_record(folder, capsys):
     assert "converged" in text and "passed (fast)" in text and "true residuals" in text
     assert max(map(len, text.splitlines())) <= 80
     record = strict(folder / "fastsharp-demo" / "result.json")
-    assert record["converged"] == [True, True] and record["schema_version"] == 1
+    assert record["converged"] == [True, True] and record["schema_version"] == 2
     assert record["n_parameters"] == 29738 and record["settings"]["preflight"]["level"] == "fast"
     assert record["data"]["name"] and record["model"]["weights_sha256"]
     assert (folder / "fastsharp-demo" / "eigenvalues.png").read_bytes().startswith(b"\x89PNG")
@@ -86,6 +86,8 @@ def test_the_record_holds_the_eigenvalues_of_the_same_call_in_python(folder):
     record = strict(folder / "out" / "result.json")
     assert record["eigenvalues"] == result.eigenvalues.tolist()
     assert torch.equal(load_file(folder / "out" / "eigenvectors.safetensors")["eigenvectors"], result.eigenvectors)
+    for file in ("result.json", "eigenvectors.safetensors"):
+        assert torch.equal(fastsharp.load(folder / "out" / file).eigenvalues, result.eigenvalues)
 
 
 def test_options_reach_the_solver(folder, capsys):

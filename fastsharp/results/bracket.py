@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastsharp.results.result import Result
+
 
 @dataclass(frozen=True, eq=False)
-class Bracket:
+class Bracket(Result):
     """An interval for lambda_max of a loss over all samples from a random part of them; `float()` gives its middle."""
 
     lower: float

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastsharp.results.result import Result
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @dataclass(frozen=True, eq=False)
-class Density:
+class Density(Result):
     """The distribution of the n eigenvalues as a discrete measure sum_i w_i delta(theta_i), with what is known of its error.
 
     All tensors are float64 on the host. `w1_bound` and `lower`, `upper` hold with probability `confidence` over the probes; for
@@ -103,6 +105,15 @@ class Density:
         from fastsharp.plots import plot_density
 
         return plot_density(self, path)
+
+    def defect(self) -> str:
+        if self.nodes.ndim != 1 or not self.nodes.numel() or not self.nodes.shape == self.weights.shape == self.widths.shape:
+            return "nodes, weights and widths differ in length"
+        if self.edges.ndim != 1 or not self.edges.shape == self.lower.shape == self.upper.shape:
+            return "edges and bounds differ in length"
+        return (
+            "" if all(x.ndim == 1 and x.shape == w.shape for x, w in self.probes) else "the nodes and weights of a probe differ in length"
+        )
 
     def _checked_width(self, width: float) -> torch.Tensor:
         if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < float("inf"):

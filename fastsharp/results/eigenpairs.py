@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from fastsharp.params import ParamLayout
+from fastsharp.results.result import Result
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastsharp.params import ParamLayout
-
 
 @dataclass(frozen=True, eq=False)
-class Eigenpairs:
+class Eigenpairs(Result, version=2):
     """k eigenpairs of a symmetric operator, each with what is known of its error; unpacks as `values, vectors`."""
 
     eigenvalues: torch.Tensor  # (k,) float64 on the host, descending (by modulus for which="LM")
@@ -50,6 +53,12 @@ class Eigenpairs:
             from fastsharp.errors import InputError
 
             raise InputError("as_dict: these eigenpairs belong to a plain matrix, not to a model. Use eigenvectors[i].")
+        if self.eigenvectors.is_meta:
+            from fastsharp.errors import InputError
+
+            raise InputError(
+                "as_dict: the file that these eigenpairs come from has no vectors. Save as .npz or .safetensors, or large=True."
+            )
         return self.layout.unflatten(self.eigenvectors[i])
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -57,3 +66,17 @@ class Eigenpairs:
         from fastsharp.plots import plot_eigenpairs
 
         return plot_eigenpairs(self, path)
+
+    def defect(self) -> str:
+        k = self.eigenvalues.shape
+        if len(k) != 1 or not all(t.shape == k for t in (self.residuals, self.error_bounds, self.converged)):
+            return "values, residuals, bounds and flags differ in length"
+        if self.eigenvectors.ndim != 2 or self.eigenvectors.shape[:1] != k:
+            return f"{k[0]} values, and vectors of shape {tuple(self.eigenvectors.shape)}"
+        sizes = () if self.layout is None else tuple(math.prod(shape) for shape in self.layout.shapes)
+        steps = () if self.layout is None else tuple(b - a for a, b in pairwise((0, *self.layout.offsets[1:])))
+        if self.layout is not None and (
+            sizes != steps or len(sizes) != len(self.layout.names) or self.layout.n != self.eigenvectors.shape[1]
+        ):
+            return "the layout of the parameters is not that of the vectors"
+        return ""

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastsharp.results.result import Result
+
 
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class Estimate(Result):
     """A number known by random probes, with the interval that holds the truth at the stated confidence; `float(result)` is the value."""
 
     value: float

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastsharp.errors import listing
+from fastsharp.results.result import Result
 
 _SHOWN = 4  # modules of a line
 
@@ -21,7 +22,7 @@ class Calls:
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class Explanation(Result):
     """What `backend="auto"` does with a model; `print(explanation)` shows it as a table."""
 
     backend: str  # that "auto" takes

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastsharp.results.density import Density
 from fastsharp.results.eigenpairs import Eigenpairs
 from fastsharp.results.estimate import Estimate
+from fastsharp.results.result import Result
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class Spectrum(Result):
     """What one run tells of a spectrum; every product served all parts that it could."""
 
     eigenpairs: Eigenpairs  # both ends: the k largest values, then the k smallest, descending
@@ -26,6 +29,10 @@ class Spectrum:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self, i: int) -> dict[str, torch.Tensor]:
+        """Eigenvector i as {parameter name: tensor of the parameter's shape}."""
+        return self.eigenpairs.as_dict(i)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """A matplotlib figure of the density; written as PNG if a path is given."""

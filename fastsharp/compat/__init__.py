@@ -1,0 +1,1 @@
+"""Calls of other libraries, served by fastsharp: `compat.pyhessian`, `compat.hessian_eigenthings`. Scripts change an import."""
