@@ -43,6 +43,8 @@ CALLS = {
     "row_norms",
     "sample_curvature",
     "sharpness",
+    "soft_rank",
+    "tic",
     "spectrum",
     "trace",
     "trace_function",
