@@ -237,6 +237,9 @@ def plot_layers(result: LayerSpectra, path: str | Path | None = None) -> Figure:
         share, error = result.coupling.share
         line += rf" · {share:.1%} $\pm$ {error:.1%} of $\Vert H\Vert_F^2$ between layers"
     axes[0].annotate(line, (0, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", fontsize=9, color=_SOFT)
+    if path is not None:
+        fig.savefig(path, format="png")
+    return fig
 
 
 def plot_landscape(drawn: Landscape2D, path: str | Path | None = None) -> Figure:
