@@ -80,8 +80,8 @@ class CouplingProbes:
 
 def _squares(y: Tensor) -> Tensor:
     """||y||^2 by rows, in float64 on the host."""
-    norms: Tensor = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64)
-    return norms.square().cpu()
+    squares: Tensor = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64).square().cpu()
+    return squares
 
 
 def _root(samples: Tensor) -> tuple[float, float]:

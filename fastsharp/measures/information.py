@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 
 from fastsharp.errors import InputError
-from fastsharp.krylov.quantiles import student
 from fastsharp.krylov.solve import solve
 from fastsharp.operator import SymmetricOperator
+from fastsharp.quantiles import student
 from fastsharp.results import Estimate
 from fastsharp.rng import generator, normal
 

@@ -23,6 +23,7 @@ from fastsharp.batches import count_of, head
 from fastsharp.curvature.batch_products import Made, Request, Unavailable
 from fastsharp.curvature.engine import TapeProducts, tape_products
 from fastsharp.curvature.finite_sum import FiniteSum
+from fastsharp.curvature.form import GAUSS_NEWTON
 from fastsharp.curvature.layers.choice import Layer
 from fastsharp.curvature.layers.loss_root import LossRoot, loss_root
 from fastsharp.curvature.rop.split import Split
@@ -51,7 +52,7 @@ class Finding:
 
 def split_batch(matrix: FiniteSum, index: Any, batch: Any) -> tuple[Split, Made]:
     """The batch's tape, cut at the network's output; Unavailable, InputError or ValueError where that cannot be."""
-    made = tape_products(Request(matrix.objective, index, batch, gauss=True))
+    made = tape_products(Request(matrix.objective, index, batch, GAUSS_NEWTON))
     assert isinstance(made.products, TapeProducts)
     return Split(made.products.linearised, len(matrix.objective.selection.params)), made
 
