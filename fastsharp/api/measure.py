@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastsharp.api.layer_spectra import layer_spectra
 from fastsharp.api.samples_of import label_forms
 from fastsharp.api.subject import basis_memory, checked, first_steps
 from fastsharp.batches import tensors_of
@@ -39,9 +40,9 @@ from fastsharp.objective import Objective
 from fastsharp.operator import CountingOperator
 from fastsharp.params import Selector
 from fastsharp.progress import Progress
-from fastsharp.results import Estimate, Landscape2D, Report, Spectrum
+from fastsharp.results import Estimate, Landscape2D, LayerSpectra, Report, Spectrum
 
-PARTS = ("curvature", "gauss-newton", "perturbation", "trajectory", "function", "landscape")
+PARTS = ("curvature", "gauss-newton", "perturbation", "trajectory", "function", "layers", "landscape")
 _JACOBIAN_COLUMNS = 32  # reverse passes that the input Jacobian may take
 _DAMPING = 1e-3  # c of the soft rank, in units of lambda_max
 _LINES = 2  # eigenvectors that the loss is drawn along
@@ -79,7 +80,8 @@ def measure(
         print(report["lambda_max"].value, report.table())
         report.to_html("sharpness.html")
 
-    parts      which of "curvature" (always: the spectrum of H), "gauss-newton", "perturbation", "trajectory", "function", "landscape"
+    parts      which of "curvature" (always: the spectrum of H), "gauss-newton", "perturbation", "trajectory", "function", "layers",
+               "landscape"
     k, steps, rtol   eigenpairs at each end, fewest Krylov steps, and tolerance of trace and norm, as in `fastsharp.spectrum`
     rho, directions  of SAM-sharpness, as in `fastsharp.sharpness`; ascent_rho: of the one-step ascents, in the l2 norm
     grid       points a side of the plane of the loss, 0 for none
@@ -141,6 +143,14 @@ def measure(
         if "function" in chosen:
             with job.part("function"):
                 notes += _function(job, hessian.objective, top[0], confidence)
+        layers: LayerSpectra | None = None
+        if "layers" in chosen:
+            with job.part("layers"), job.may_skip("layers"):
+                # no coupling: it takes products with the whole matrix; the preflight has seen this model and its data
+                given = {**build, "reduction": hessian.objective.reduction}
+                layers = layer_spectra(
+                    model, _frozen(hessian.objective, loader), loss_fn, k=1, coupling=None, preflight="off", progress=False, **given
+                )
         drawn: Landscape2D | None = None
         if "landscape" in chosen:
             with job.part("landscape"):
@@ -153,12 +163,18 @@ def measure(
         job.groups,
         job.skipped,
         spectrum,
+        layers,
         drawn,
         job.cost,
         (*spectrum.notes, *notes),
         {**spectrum.settings, **settings},
         spectrum.provenance,
     )
+
+
+def _frozen(objective: Objective, loader: Any) -> Any:
+    """The frozen batches themselves, so that they are read once and held once; a stream is read again."""
+    return loader if objective.batches.streamed else [batch for _, batch in objective.batches]
 
 
 def _chosen(parts: Any) -> tuple[str, ...]:
@@ -220,9 +236,7 @@ def _gauss_newton(
 ) -> None:
     names = ("ggn_lambda_max", "ggn_trace", "ggn_effective_rank", "soft_rank")
     with job.may_skip(*names):
-        # the frozen batches themselves: read once, held once
-        data = loader if objective.batches.streamed else [batch for _, batch in objective.batches]
-        ggn = GGN(model, data, loss_fn, **{**build, "reduction": objective.reduction})
+        ggn = GGN(model, _frozen(objective, loader), loss_fn, **{**build, "reduction": objective.reduction})
         check = checked(ggn, preflight=preflight, seed=build["seed"])
         G = CountingOperator(ggn)
         of_g: Spectrum = krylov_spectrum(
