@@ -18,6 +18,7 @@ from fastsharp.api import fisher_rao as fisher_rao
 from fastsharp.api import frobenius as frobenius
 from fastsharp.api import gradient_overlap as gradient_overlap
 from fastsharp.api import input_jacobian as input_jacobian
+from fastsharp.api import invariance as invariance
 from fastsharp.api import lanczos as lanczos
 from fastsharp.api import logdet as logdet
 from fastsharp.api import logit_scale as logit_scale
@@ -45,6 +46,7 @@ from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
+from fastsharp.results import Invariance as Invariance
 from fastsharp.results import Landscape2D as Landscape2D
 from fastsharp.results import Report as Report
 from fastsharp.results import Sharpness as Sharpness

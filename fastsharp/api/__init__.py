@@ -4,6 +4,7 @@ from fastsharp.api.bracket import bracket as bracket
 from fastsharp.api.density import density as density
 from fastsharp.api.eigenpairs import lanczos as lanczos
 from fastsharp.api.explain import explain as explain
+from fastsharp.api.invariance import invariance as invariance
 from fastsharp.api.measure import measure as measure
 from fastsharp.api.measures_closed import fisher_rao as fisher_rao
 from fastsharp.api.measures_closed import relative_flatness as relative_flatness

@@ -29,6 +29,8 @@ MEANINGS: dict[str, Meaning] = {
     "soft_rank": Meaning("tr G (G + cI)^-1", "more directions above c", False, False),
     "tic": Meaning("tr (G + cI)^-1 C", "more noise per curvature", False, False),
     "sam": Meaning("mean |L(theta + rho z/sqrt n) - L| / rho", "sharper", False, False),
+    "layer_sam": Meaning("the same, each layer moved by rho ||w||", "sharper", True, False),
+    "filter_sam": Meaning("the same, each filter moved by rho ||w||", "sharper", True, False),
     "ascent": Meaning("L(theta + rho g/||g||) - L", "sharper", False, False),
     "adaptive_ascent": Meaning("the same, weights measured by their size", "sharper", True, False),
     "gradient_norm": Meaning("||g||", "further from stationary", False, False),

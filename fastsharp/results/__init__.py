@@ -8,6 +8,7 @@ from fastsharp.results.eigenpairs import Eigenpairs as Eigenpairs
 from fastsharp.results.estimate import Estimate as Estimate
 from fastsharp.results.explanation import Calls as Calls
 from fastsharp.results.explanation import Explanation as Explanation
+from fastsharp.results.invariance import Invariance as Invariance
 from fastsharp.results.report import Landscape2D as Landscape2D
 from fastsharp.results.report import Report as Report
 from fastsharp.results.result import Result as Result
