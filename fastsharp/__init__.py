@@ -9,6 +9,7 @@ from fastsharp.api import batch_sharpness as batch_sharpness
 from fastsharp.api import boundary_tightness as boundary_tightness
 from fastsharp.api import bracket as bracket
 from fastsharp.api import coherence as coherence
+from fastsharp.api import compare as compare
 from fastsharp.api import critical_sharpness as critical_sharpness
 from fastsharp.api import density as density
 from fastsharp.api import directional_sharpness as directional_sharpness
@@ -42,6 +43,7 @@ from fastsharp.operator import CountingOperator as CountingOperator
 from fastsharp.operator import DenseOperator as DenseOperator
 from fastsharp.operator import SymmetricOperator as SymmetricOperator
 from fastsharp.results import Bracket as Bracket
+from fastsharp.results import Comparison as Comparison
 from fastsharp.results import Density as Density
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate

@@ -2,6 +2,7 @@
 
 from fastsharp.results._files import load as load
 from fastsharp.results.bracket import Bracket as Bracket
+from fastsharp.results.comparison import Comparison as Comparison
 from fastsharp.results.density import Density as Density
 from fastsharp.results.density import spacing as spacing
 from fastsharp.results.eigenpairs import Eigenpairs as Eigenpairs
