@@ -51,7 +51,9 @@ def must_match(a: nn.Module, b: nn.Module) -> None:
                 "Compare checkpoints of one."
             )
         if m.training != yours[name].training:
-            raise InputError(f"compare: {name or 'the model itself'!r} is in train mode in one of a, b, and not in the other. Call eval() on both.")
+            raise InputError(
+                f"compare: {name or 'the model itself'!r} is in train mode in one of a, b, and not in the other. Call eval() on both."
+            )
     _same_names(dict(a.named_parameters()), dict(b.named_parameters()), "b", ParamError)
     of_b = dict(b.named_parameters()) | dict(b.named_buffers())
     of_a = dict(a.named_parameters()) | dict(a.named_buffers())
@@ -59,7 +61,9 @@ def must_match(a: nn.Module, b: nn.Module) -> None:
     for name, t in of_a.items():
         u = of_b[name]
         if t.shape != u.shape:
-            raise ShapeError(f"compare: {name!r} has shape {tuple(t.shape)} in a and {tuple(u.shape)} in b. Compare checkpoints of one architecture.")
+            raise ShapeError(
+                f"compare: {name!r} has shape {tuple(t.shape)} in a and {tuple(u.shape)} in b. Compare checkpoints of one architecture."
+            )
         if t.dtype != u.dtype:
             raise DtypeError(f"compare: {name!r} is {t.dtype} in a and {u.dtype} in b. Convert one of them.")
         if t.device != u.device:
@@ -69,5 +73,7 @@ def must_match(a: nn.Module, b: nn.Module) -> None:
 def _same_names(a: Mapping[str, Any], b: Mapping[str, Any], what: str, error: type[InputError]) -> None:
     missing, more = [repr(n) for n in a if n not in b], [repr(n) for n in b if n not in a]
     if missing or more:
-        parts = [f"{listing(missing, 3)} of a missing in {what}"] * bool(missing) + [f"{listing(more, 3)} in {what} unknown to a"] * bool(more)
+        parts = [f"{listing(missing, 3)} of a missing in {what}"] * bool(missing) + [f"{listing(more, 3)} in {what} unknown to a"] * bool(
+            more
+        )
         raise error(f"compare: a and b are not of one architecture: {'; '.join(parts)}.")

@@ -127,7 +127,9 @@ def _compared(
     angles = principal_angles(*(p.eigenvectors[:k] for p in pairs))
     error = overlap_error(*(space_error(p, k, n) for p in pairs), k)
     if error >= 1.0:
-        notes.append(f"the {k}-th and the next eigenvalue of a or b are not told apart, so that its top eigenspace of dimension {k} is not known")
+        notes.append(
+            f"the {k}-th and the next eigenvalue of a or b are not told apart, so that its top eigenspace of dimension {k} is not known"
+        )
     distance, bound, joint = w1(a.spectrum.density, b.spectrum.density)
     height, at = barrier(t, line)
     if not bool(line.isfinite().all()):

@@ -21,13 +21,13 @@ from fastsharp.api.subject import first_steps
 from fastsharp.api.trace import frobenius, trace
 from fastsharp.curvature import Hessian
 from fastsharp.errors import ArgumentTypeError, FastsharpError, InputError, NonFiniteError, StaleOperatorError
-from fastsharp.krylov.quantiles import student
 from fastsharp.measures.landscape import Landscape
 from fastsharp.measures.rescaling import Outputs, Scaling, layer_scalings, temperature_scaling
 from fastsharp.measures.statistic import SampleEstimate, check_confidence
 from fastsharp.objective import Objective
 from fastsharp.params import Selector
 from fastsharp.progress import Progress
+from fastsharp.quantiles import student
 from fastsharp.results import Eigenpairs, Estimate, Invariance, Sharpness
 
 _FLOORS = 8.0  # rms changes by one unit in the last place: what rounding may do to a difference of losses
@@ -55,9 +55,7 @@ class _Subject:
     def end(self, which: str) -> Estimate:
         """One end of the spectrum; the interval is the pair's bound."""
         seed = self.how["seed"]
-        pair: Eigenpairs = lanczos(
-            self.hessian, k=1, which=which, tol=_SPECTRAL_TOL, seed=seed, preflight=self.preflight, progress=False
-        )
+        pair: Eigenpairs = lanczos(self.hessian, k=1, which=which, tol=_SPECTRAL_TOL, seed=seed, preflight=self.preflight, progress=False)
         value, bound = float(pair.eigenvalues[0]), float(pair.error_bounds[0])
         return Estimate(value, 0.0, (value - bound, value + bound), 1.0, 0, pair.n_matvec, bool(pair.converged[0]))
 
@@ -75,9 +73,7 @@ class _Subject:
         )  # fmt: skip
 
     def of_samples(self, call: Callable[..., Estimate], **given: Any) -> Estimate:
-        return call(
-            self.model, self.data, self.loss_fn, progress=False, confidence=self.how["confidence"], **given, **self.options
-        )
+        return call(self.model, self.data, self.loss_fn, progress=False, confidence=self.how["confidence"], **given, **self.options)
 
 
 MEASURES: dict[str, Callable[[_Subject], Estimate]] = {

@@ -125,7 +125,9 @@ def layer_scalings(outputs: Outputs, t: float) -> tuple[list[Scaling], dict[str,
         since = [(name, module)]
     if not found and not refused:
         names = listing([name for name, _ in weighted]) or "none"
-        refused["layers"] = f"a rescaling takes two layers that are called one after the other; modules with a weight that were called: {names}"
+        refused["layers"] = (
+            f"a rescaling takes two layers that are called one after the other; modules with a weight that were called: {names}"
+        )
     return found, refused
 
 

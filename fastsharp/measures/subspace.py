@@ -1,8 +1,8 @@
 """How near two eigenspaces and two spectra are: overlap, principal angles, Wasserstein-1 distance, each with what its inputs' errors do to it.
 
-    overlap     ||P_a P_b||_F^2 / k = mean cos^2 of the principal angles, P the projectors on k vectors; k / n for random spaces
-    angles      arccos of the singular values of V_a V_b', V with orthonormal rows
-    W_1         integral of |F_a - F_b|, F the distribution functions of the eigenvalues
+overlap     ||P_a P_b||_F^2 / k = mean cos^2 of the principal angles, P the projectors on k vectors; k / n for random spaces
+angles      arccos of the singular values of V_a V_b', V with orthonormal rows
+W_1         integral of |F_a - F_b|, F the distribution functions of the eigenvalues
 """
 
 from __future__ import annotations

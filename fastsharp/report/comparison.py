@@ -47,8 +47,16 @@ def _between(found: Comparison) -> list[tuple[str, str, str]]:
     """(what, value, its doubt) of what belongs to both."""
     k = found.k
     rows = [
-        (f"overlap of the top {k} eigenvectors", number(found.overlap), f"+- {number(found.overlap_error)}; random {number(found.random_overlap)}"),
-        ("largest angle, degrees", number(math.degrees(float(found.angles[-1]))), f"smallest {number(math.degrees(float(found.angles[0])))}"),
+        (
+            f"overlap of the top {k} eigenvectors",
+            number(found.overlap),
+            f"+- {number(found.overlap_error)}; random {number(found.random_overlap)}",
+        ),
+        (
+            "largest angle, degrees",
+            number(math.degrees(float(found.angles[-1]))),
+            f"smallest {number(math.degrees(float(found.angles[0])))}",
+        ),
         ("W1 of the spectra", number(found.w1), f"+- {number(found.w1_bound)} at {found.w1_confidence:.0%}"),
         ("barrier of the loss", number(found.barrier), f"at t = {found.barrier_at:.2f}"),
     ]
