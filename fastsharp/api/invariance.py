@@ -168,6 +168,8 @@ def invariance(
             raise InputError(f"invariance: no rescaling leaves the decisions of {type(model).__name__} as they are. {reasons}")
         chosen = _spread([i for i, kind in enumerate(kinds) if kind == "layers"], pairs)
         chosen += [i for i, kind in enumerate(kinds) if kind == "temperature"]
+        if not chosen:
+            raise InputError(f"invariance: with pairs={pairs} and temperature={temperature} nothing is left to measure. Raise pairs.")
         data = loader if objective.batches.streamed else [batch for _, batch in objective.batches]
         options["reduction"] = objective.reduction
 

@@ -10,6 +10,7 @@ line between both losses is that of Entezari et al. 2022.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -53,9 +54,10 @@ def barrier(t: torch.Tensor, losses: torch.Tensor) -> tuple[float, float]:
 
 def _loss(objective: Objective, weights: dict[str, torch.Tensor]) -> float:
     total = count = 0.0
-    with objective.quiet(), torch.no_grad():
+    with objective.quiet():
         for index, batch in objective.batches:
-            value = with_weights(objective.model, weights, lambda i=index, x=batch: objective.evaluate_unchecked(i, x))  # type: ignore[misc]
+            with torch.no_grad():  # inside: reading a stream switches gradients on
+                value = with_weights(objective.model, weights, partial(objective.evaluate_unchecked, index, batch))
             total, count = total + value.scale * float(value.loss.double()), count + (value.count or 0.0)
     if objective.reduction == "sum":
         return total

@@ -64,7 +64,8 @@ class Outputs:
     def __init__(self, objective: Objective, seed: int) -> None:
         self.objective = objective
         objective.batches.ordered = True  # outputs are compared sample by sample, in every pass
-        self.base = list(self._all())
+        self.base: list[torch.Tensor] = []
+        self._walk(lambda _, f: self.base.append(f) is None)
         self.size = max(float(f.abs().max()) for f in self.base)
         if not self.size < float("inf"):
             raise NonFiniteError("invariance: the outputs of the network are not finite. Check the weights and the data for NaN.")
@@ -73,17 +74,24 @@ class Outputs:
     def distance(self, scale: float = 1.0) -> float:
         """max |f - scale f_0| over the data at the present weights; the first batch alone where that is too far already."""
         worst = 0.0
-        for f, f0 in zip(self._all(), self.base, strict=True):
-            off = float((f - scale * f0).abs().max())
+
+        def near(index: int, f: torch.Tensor) -> bool:
+            nonlocal worst
+            off = float((f - scale * self.base[index]).abs().max())
             worst = max(worst, off if off == off else float("inf"))
-            if worst > scale * self.room:
-                break
+            return worst <= scale * self.room
+
+        self._walk(near)
         return worst
 
-    def _all(self) -> Iterator[torch.Tensor]:
-        with self.objective.quiet(), torch.no_grad():
+    def _walk(self, see: Callable[[int, torch.Tensor], bool]) -> None:
+        """see(index, outputs) batch by batch, until it returns False."""
+        with self.objective.quiet():
             for index, batch in self.objective.batches:
-                yield output_tensor(self.objective.evaluate_unchecked(index, batch), "invariance").double()
+                with torch.no_grad():  # inside: reading a stream switches gradients on
+                    f = output_tensor(self.objective.evaluate_unchecked(index, batch), "invariance").double()
+                if not see(index, f):
+                    return
 
     def _rounding(self, seed: int) -> float:
         """How far the outputs may be off where nothing but rounding differs."""
@@ -91,13 +99,19 @@ class Outputs:
         eps = torch.finfo(self.objective.dtype).eps
         random = torch.Generator().manual_seed(seed)
         worst = 0.0
+
+        def far(index: int, f: torch.Tensor) -> bool:
+            nonlocal worst
+            worst = max(worst, float((f - self.base[index]).abs().max()))
+            return True
+
         for _ in range(_DRAWS):
             with _edited([(p, p.detach().clone()) for p in params]), torch.no_grad():
                 for p in params:
                     if p.is_floating_point():
                         signs = torch.randint(0, 2, p.shape, generator=random, dtype=torch.int8).to(p)
                         p.mul_(1.0 + eps * (2.0 * signs - 1.0))
-                worst = max([worst, *(float((f - f0).abs().max()) for f, f0 in zip(self._all(), self.base, strict=True))])
+                self._walk(far)
         return _ROUNDINGS * worst + 4 * eps * self.size
 
 

@@ -19,7 +19,7 @@ MEANINGS: dict[str, Meaning] = {
     "lambda_min": Meaning("smallest eigenvalue of H", "nearer to convex", False, False),
     "trace": Meaning("tr H", "sharper", False, False),
     "frobenius": Meaning("||H||_F", "sharper", False, False),
-    "negative_share": Meaning("share of negative eigenvalues", "more of a saddle", False, False),
+    "negative_share": Meaning("share of negative eigenvalues", "more of a saddle", True, False),  # inertia
     "outliers": Meaning("eigenvalues above the bulk", "more sharp directions", False, False),
     "bulk_edge": Meaning("where the bulk ends", "sharper bulk", False, False),
     "effective_rank": Meaning("(tr H)^2 / ||H||_F^2", "curvature spread wider", False, False),
