@@ -365,11 +365,26 @@ def test_bad_models_and_data_are_named() -> None:
         fastsharp.invariance(holder, batch)
 
 
-def test_a_stream_in_another_order_is_an_error() -> None:
-    dataset = torch.utils.data.TensorDataset(*data())
-    loader = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
+class Turning:
+    """Two batches, the other one first in every second pass."""
+
+    passes = 0
+
+    def __iter__(self) -> Any:
+        x, y = data()
+        self.passes += 1
+        pair = [(x[:12], y[:12]), (x[12:], y[12:])]
+        return iter(pair[:: 1 if self.passes % 2 else -1])
+
+
+def test_streamed_data() -> None:
+    """Read in every pass; in another order they would be compared with the outputs of other samples."""
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=8, shuffle=True)
+    found = fastsharp.invariance(relu_net(), loader, memory=600, measures=OUTPUTS)
+    frozen = fastsharp.invariance(relu_net(), data(), measures=OUTPUTS)
+    assert found.rescalings == frozen.rescalings and torch.allclose(found.values, frozen.values, rtol=1e-12, atol=0)
     with pytest.raises(NondeterministicOperatorError, match="other samples"):
-        fastsharp.invariance(relu_net(), loader, memory=600, measures="margin")
+        fastsharp.invariance(relu_net(), Turning(), memory=600, measures="margin")
 
 
 # --- how it looks ---------------------------------------------------------------------------------------------------------------
