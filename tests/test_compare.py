@@ -17,7 +17,7 @@ from torch import nn
 
 import fastsharp
 from fastsharp.api.compare import ratio
-from fastsharp.errors import ArgumentTypeError, DeviceError, DtypeError, InputError, NonFiniteError, ParamError, ShapeError
+from fastsharp.errors import ArgumentTypeError, DeviceError, DtypeError, InputError, Interrupted, NonFiniteError, ParamError, ShapeError
 from fastsharp.measures.interpolation import barrier, grid
 from fastsharp.measures.subspace import overlap_error, principal_angles, space_error, w1
 from fastsharp.results import Comparison, Estimate
@@ -192,7 +192,9 @@ def test_disagreement_is_the_share_of_labels_predicted_differently(name: str) ->
     a, b, found = compared(name, k=1)
     assert found.disagreement is not None
     labels = a.whole["labels"] if isinstance(a.whole, Mapping) else a.whole[1]
-    outputs = [(m(a.whole["input_ids"])["logits"].argmax(-1) if name == "hf_style" else m(a.whole[0]).argmax(1)) for m in (a.model, b.model)]
+    outputs = [
+        (m(a.whole["input_ids"])["logits"].argmax(-1) if name == "hf_style" else m(a.whole[0]).argmax(1)) for m in (a.model, b.model)
+    ]
     counted = labels != -100
     share = float((outputs[0] != outputs[1])[counted].double().mean())
     assert found.disagreement.value == pytest.approx(share, rel=1e-12) and share > 0
@@ -206,7 +208,9 @@ def test_no_classes_no_disagreement() -> None:
 def test_ratios_are_those_of_the_reports() -> None:
     a, b, found = compared("mlp_tanh", parts=("perturbation", "function"))
     for which, case in ((found.a, a), (found.b, b)):
-        alone = fastsharp.measure(case.model, a.batches, a.loss_fn, parts=("perturbation", "function"), k=6, steps=10, rtol=0.5, preflight="off")
+        alone = fastsharp.measure(
+            case.model, a.batches, a.loss_fn, parts=("perturbation", "function"), k=6, steps=10, rtol=0.5, preflight="off"
+        )
         for name, e in alone.measures.items():
             assert which[name].value == pytest.approx(e.value, rel=1e-12, nan_ok=True)
     assert {"lambda_max", "trace", "sam", "fisher_rao", "margin", "input_jacobian"} <= set(found.measures)
@@ -339,7 +343,12 @@ NO_PAIRS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "a matrix": (torch.eye(3), mlp(), ArgumentTypeError, "a is a Tensor"),
     "b is a path": (mlp(), "b.pt", ArgumentTypeError, "b is a str"),
     "b is a checkpoint": (mlp(), {"epoch": 3, "state_dict": {}}, ArgumentTypeError, "'epoch' in b is a int"),
-    "b has other names": (mlp(), {"module." + k: v for k, v in mlp().state_dict().items()}, ParamError, "'0.weight', '0.bias', '2.weight' and 1 more"),
+    "b has other names": (
+        mlp(),
+        {"module." + k: v for k, v in mlp().state_dict().items()},
+        ParamError,
+        "'0.weight', '0.bias', '2.weight' and 1 more",
+    ),
     "b has other shapes": (mlp(), mlp(width=5).state_dict(), ShapeError, "in the state dict b"),
     "b has another dtype": (mlp(), mlp().double().state_dict(), DtypeError, "in the state dict b"),
     "b has nan": (mlp(), _nan(mlp()).state_dict(), NonFiniteError, "checkpoint b: parameter '0.weight'"),
@@ -374,6 +383,21 @@ def test_bad_arguments_are_named(case: str) -> None:
 def test_k_of_the_whole_space() -> None:
     found = fastsharp.compare(mlp().double(), mlp(width=4).double(), (BATCH[0].double(), BATCH[1]), k=26, **QUICK)
     assert found.overlap == pytest.approx(1.0, abs=1e-12) and found.overlap_error == 0.0 and found.random_overlap == 1.0
+
+
+def test_ctrl_c_carries_the_report_of_a(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = []
+
+    def once(*args: Any, **kw: Any) -> Any:
+        if reports:
+            raise KeyboardInterrupt
+        reports.append(fastsharp.measure(*args, **kw))
+        return reports[0]
+
+    monkeypatch.setitem(fastsharp.compare.__globals__, "measure", once)
+    with pytest.raises(Interrupted, match="report of b") as e:
+        fastsharp.compare(mlp(), mlp(), BATCH, k=1, **QUICK)
+    assert e.value.partial is reports[0]
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------------------

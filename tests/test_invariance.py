@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastsharp
-from fastsharp.api.invariance import DEFAULT, MEASURES
-from fastsharp.errors import ArgumentTypeError, InputError, LabelShapeError, ModelModeError, NondeterministicOperatorError, NonFiniteError
+from fastsharp.api.measures_named import DEFAULT, MEASURES
+from fastsharp.errors import (
+    ArgumentTypeError,
+    InputError,
+    Interrupted,
+    LabelShapeError,
+    ModelModeError,
+    NondeterministicOperatorError,
+    NonFiniteError,
+)
 from fastsharp.measures.rescaling import Outputs, Scaling, layer_scalings
 from fastsharp.objective import Objective
 from fastsharp.report.meaning import MEANINGS
@@ -37,7 +46,7 @@ def relu_net(*, bias: bool = False, widths: tuple[int, ...] = (5, 4, 3, 3), seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b, bias=bias), nn.ReLU()]
         made = nn.Sequential(*layers[:-1]).double()
         for p in made.parameters():
@@ -188,7 +197,16 @@ def scalings(model: nn.Module, batch: Any, loss_fn: Any = None, t: float = 4.0) 
 
 
 def test_layers_around_homogeneous_activations_are_found() -> None:
-    layers = [nn.Linear(5, 6), nn.LeakyReLU(), nn.Dropout(0.5), nn.Linear(6, 6), nn.PReLU(), nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 3)]
+    layers = [
+        nn.Linear(5, 6),
+        nn.LeakyReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(6, 6),
+        nn.PReLU(),
+        nn.Linear(6, 6),
+        nn.Identity(),
+        nn.Linear(6, 3),
+    ]
     found, refused = scalings(nn.Sequential(*layers).double().eval(), data())
     assert found == ["0 x 4, 3 / 4", "3 x 4, 5 / 4", "5 x 4, 7 / 4"] and not refused
 
@@ -329,7 +347,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "pairs -1": ({"pairs": -1}, "pairs=-1"),
     "pairs 1.5": ({"pairs": 1.5}, "pairs=1.5"),
     "confidence 2": ({"confidence": 2.0}, "confidence is 2.0"),
-    "directions 2": ({"directions": 2, "measures": "sam"}, "directions=2"),
+    "directions 2": ({"directions": 2}, "directions=2"),
+    "rho 0": ({"rho": 0.0}, "rho=0.0"),
+    "ascent_rho negative": ({"ascent_rho": -1.0}, "rho=-1.0"),
+    "rtol 0": ({"rtol": 0.0}, "rtol"),
+    "an unknown backend": ({"backend": "magic"}, "backend='magic'"),
+    "an unknown preflight": ({"preflight": "slow"}, "preflight='slow'"),
     "nothing to rescale": ({"temperature": None, "pairs": 0}, "nothing is left to measure"),
 }
 
@@ -385,6 +408,24 @@ def test_streamed_data() -> None:
     assert found.rescalings == frozen.rescalings and torch.allclose(found.values, frozen.values, rtol=1e-12, atol=0)
     with pytest.raises(NondeterministicOperatorError, match="other samples"):
         fastsharp.invariance(relu_net(), Turning(), memory=600, measures="margin")
+
+
+def test_ctrl_c_carries_the_rescalings_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastsharp.api import measures_named
+
+    calls = []
+
+    def third(subject: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return MEASURES["margin"](subject)
+
+    monkeypatch.setitem(measures_named.MEASURES, "logit_scale", third)
+    model = relu_net()
+    with unchanged(model), pytest.raises(Interrupted, match="after 1 of 3 rescalings") as e:
+        fastsharp.invariance(model, data(), measures=OUTPUTS)
+    assert e.value.partial.rescalings == ("0 x 4, 2 / 4",) and e.value.partial.values.shape == (1, 2)
 
 
 # --- how it looks ---------------------------------------------------------------------------------------------------------------

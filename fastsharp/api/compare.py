@@ -14,7 +14,7 @@ from fastsharp.api.checkpoints import must_match, second
 from fastsharp.api.measure import measure
 from fastsharp.api.samples_of import label_forms
 from fastsharp.api.subject import first_steps
-from fastsharp.errors import ArgumentTypeError, FastsharpError, InputError
+from fastsharp.errors import ArgumentTypeError, FastsharpError, InputError, Interrupted
 from fastsharp.measures.classes import needs_cross_entropy
 from fastsharp.measures.facts import BatchFacts, Need, one_pass
 from fastsharp.measures.interpolation import barrier, grid, losses
@@ -68,7 +68,8 @@ def compare(
 
     Returns Comparison, which holds both Reports. Cost: two reports, `points` passes over the data and four more.
     Raises InputError where a and b are not of one architecture (modules, names, shapes, buffers), ParamError, ShapeError, DtypeError,
-    DeviceError with the first name that differs, NonFiniteError for weights with NaN, each saying whether it is a or b; those of `measure`.
+    DeviceError with the first name that differs, NonFiniteError for weights with NaN, each saying whether it is a or b; those of `measure`;
+    Interrupted, with the report of a in `.partial` where there is one.
     Sources: eigenspace overlap as in Gur-Ari, Roberts, Dyer 2018; barrier: Frankle et al. 2020, Entezari et al. 2022.
     """
     if not isinstance(a, nn.Module):
@@ -105,10 +106,15 @@ def compare(
         "parts": parts, "k": min(k + 1, n), "steps": steps, "rtol": rtol, "confidence": confidence, "backend": backend,
         "progress": progress, "preflight": preflight, "strict_data": strict_data, **options,
     }  # fmt: skip
-    with _named("a"):
-        first = measure(a, data, loss_fn, **how)
-    with _named("b"):
-        last = measure(other, data, loss_fn, **how)
+    first: Report | None = None
+    try:
+        with _named("a"):
+            first = measure(a, data, loss_fn, **how)
+        with _named("b"):
+            last = measure(other, data, loss_fn, **how)
+    except KeyboardInterrupt as e:
+        which = "b; .partial is the report of a" if first else "a"
+        raise Interrupted(f"compare: interrupted in the report of {which}.", first) from e
     return _compared(first, last, k, n, t, line, disagreement, notes, {"k": k, "points": points, "seed": seed, "confidence": confidence})
 
 
@@ -125,7 +131,7 @@ def _compared(
 ) -> Comparison:
     pairs = (a.spectrum.eigenpairs, b.spectrum.eigenpairs)
     angles = principal_angles(*(p.eigenvectors[:k] for p in pairs))
-    error = overlap_error(*(space_error(p, k, n) for p in pairs), k)
+    error = overlap_error(space_error(pairs[0], k, n), space_error(pairs[1], k, n), k)
     if error >= 1.0:
         notes.append(
             f"the {k}-th and the next eigenvalue of a or b are not told apart, so that its top eigenspace of dimension {k} is not known"

@@ -4,101 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastsharp.api.eigenpairs import lanczos
-from fastsharp.api.measures_closed import fisher_rao, relative_flatness
-from fastsharp.api.measures_function import boundary_tightness, input_jacobian, logit_scale, margin, prediction_confidence
+from fastsharp.api.measures_named import DEFAULT, MEASURES, Subject, error_of_change, in_a_line, measured_at
 from fastsharp.api.samples_of import label_forms
-from fastsharp.api.sharpness import sharpness
 from fastsharp.api.subject import first_steps
-from fastsharp.api.trace import frobenius, trace
-from fastsharp.curvature import Hessian
-from fastsharp.errors import ArgumentTypeError, FastsharpError, InputError, NonFiniteError, StaleOperatorError
+from fastsharp.curvature.backends import check_backend
+from fastsharp.errors import ArgumentTypeError, InputError, Interrupted
+from fastsharp.krylov import trace as probes
+from fastsharp.measures import perturbation
 from fastsharp.measures.landscape import Landscape
 from fastsharp.measures.rescaling import Outputs, Scaling, layer_scalings, temperature_scaling
-from fastsharp.measures.statistic import SampleEstimate, check_confidence
+from fastsharp.measures.statistic import check_confidence
 from fastsharp.objective import Objective
 from fastsharp.params import Selector
+from fastsharp.preflight import LEVELS
 from fastsharp.progress import Progress
-from fastsharp.quantiles import student
-from fastsharp.results import Eigenpairs, Estimate, Invariance, Sharpness
-
-_FLOORS = 8.0  # rms changes by one unit in the last place: what rounding may do to a difference of losses
-_SPECTRAL_TOL = 1e-3
-
-
-@dataclass
-class _Subject:
-    """The network at one set of weights, on the frozen data."""
-
-    model: nn.Module
-    data: Any
-    loss_fn: Any
-    options: Mapping[str, Any]  # reduction, bn, dropout, memory
-    params: Selector
-    backend: str
-    preflight: str
-    how: Mapping[str, Any]  # rtol, rho, ascent_rho, directions, confidence, seed
-
-    @cached_property
-    def hessian(self) -> Hessian:
-        given: dict[str, Any] = {**self.options, "params": self.params, "backend": self.backend, "seed": self.how["seed"]}
-        return Hessian(self.model, self.data, self.loss_fn, **given)
-
-    def end(self, which: str) -> Estimate:
-        """One end of the spectrum; the interval is the pair's bound."""
-        seed = self.how["seed"]
-        pair: Eigenpairs = lanczos(self.hessian, k=1, which=which, tol=_SPECTRAL_TOL, seed=seed, preflight=self.preflight, progress=False)
-        value, bound = float(pair.eigenvalues[0]), float(pair.error_bounds[0])
-        return Estimate(value, 0.0, (value - bound, value + bound), 1.0, 0, pair.n_matvec, bool(pair.converged[0]))
-
-    def probed(self, solve: Callable[..., Estimate]) -> Estimate:
-        """Trace or norm by probes."""
-        how = {name: self.how[name] for name in ("rtol", "confidence", "seed")}
-        return solve(self.hessian, preflight=self.preflight, progress=False, **how)
-
-    def perturbed(self, kind: str, scale: str) -> Sharpness:
-        rho = self.how["rho" if kind == "sam" else "ascent_rho"]
-        how = {"directions": self.how["directions"]} if kind == "sam" else {}
-        return sharpness(
-            self.model, self.data, self.loss_fn, kind=kind, rho=rho, scale=scale, params=self.params, progress=False,
-            confidence=self.how["confidence"], seed=self.how["seed"], **how, **self.options,
-        )  # fmt: skip
-
-    def of_samples(self, call: Callable[..., Estimate], **given: Any) -> Estimate:
-        return call(self.model, self.data, self.loss_fn, progress=False, confidence=self.how["confidence"], **given, **self.options)
-
-
-MEASURES: dict[str, Callable[[_Subject], Estimate]] = {
-    "lambda_max": lambda s: s.end("LA"),
-    "lambda_min": lambda s: s.end("SA"),
-    "trace": lambda s: s.probed(trace),
-    "frobenius": lambda s: s.probed(frobenius),
-    "sam": lambda s: s.perturbed("sam", "none"),
-    "layer_sam": lambda s: s.perturbed("sam", "layer"),
-    "filter_sam": lambda s: s.perturbed("sam", "filter"),
-    "ascent": lambda s: s.perturbed("ascent", "none"),
-    "adaptive_ascent": lambda s: s.perturbed("ascent", "adaptive"),
-    "fisher_rao": lambda s: s.of_samples(fisher_rao, params=s.params),
-    "fisher_rao_closed": lambda s: s.of_samples(fisher_rao, form="closed"),
-    "relative_flatness": lambda s: s.of_samples(relative_flatness),
-    "margin": lambda s: s.of_samples(margin),
-    "prediction_confidence": lambda s: s.of_samples(prediction_confidence),
-    "logit_scale": lambda s: s.of_samples(logit_scale),
-    "boundary_tightness": lambda s: s.of_samples(boundary_tightness),
-    "input_jacobian": lambda s: s.of_samples(input_jacobian),
-}
-DEFAULT = (
-    "lambda_max", "trace", "sam", "layer_sam", "adaptive_ascent", "fisher_rao", "relative_flatness",
-    "margin", "logit_scale", "boundary_tightness", "input_jacobian",
-)  # fmt: skip
+from fastsharp.results import Estimate, Invariance
 
 
 def invariance(
@@ -134,7 +61,7 @@ def invariance(
     of these leave the outputs as they are is found by trying them on a copy of the model, on all the data, to the rounding of the outputs; the
     model itself is never written to. The others are in `.refused` with the reason. Temperature: weight and bias of the head divided by it.
 
-    measures     names out of `fastsharp.api.invariance.MEASURES`; the default leaves out lambda_min, frobenius, filter_sam, ascent,
+    measures     names out of `fastsharp.api.measures_named.MEASURES`; the default leaves out lambda_min, frobenius, filter_sam, ascent,
                  fisher_rao_closed, prediction_confidence
     factor       positive, not 1; a power of two rounds nothing
     temperature  positive, not 1, or None for none
@@ -143,7 +70,7 @@ def invariance(
     rho, ascent_rho, directions   of the perturbations, as in `fastsharp.measure`; the same directions every time
     params, reduction, bn, dropout, backend, memory, seed, progress, preflight   as in `fastsharp.lanczos`
 
-    Returns Invariance. A change counts as a move (`.moved`) where it exceeds its error: the sum of both bounds or half intervals of eigenvalues
+    Returns Invariance, of what was measured so far in `.partial` of an Interrupted. A change counts as a move (`.moved`) where it exceeds its error: the sum of both bounds or half intervals of eigenvalues
     and probes, the interval of the paired differences of random directions, and sqrt(eps) of the measure's spread over samples, plus rounding.
     Cost: a few forward passes a layer, then (1 + rescalings) times the measures; memory: one copy of the model and the outputs on the data.
     Raises InputError where nothing can be rescaled, or for arguments; ArgumentTypeError; what the data and the model raise.
@@ -153,62 +80,97 @@ def invariance(
     _check(factor, temperature, pairs, confidence)
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"invariance: model is a {type(model).__name__}, expected a torch.nn.Module: a matrix has no layers.")
-    own = _copied(model)
-    options: dict[str, Any] = {"reduction": reduction, "bn": bn, "dropout": dropout, "memory": memory}
     how: dict[str, Any] = {
         "rtol": rtol, "rho": rho, "ascent_rho": ascent_rho, "directions": directions, "confidence": confidence, "seed": seed,
     }  # fmt: skip
+    check_backend(backend)
+    _check_how(how, preflight)
+    own = _copied(model)
+    options: dict[str, Any] = {"reduction": reduction, "bn": bn, "dropout": dropout, "memory": memory}
     shown = Progress(progress, "invariance", "rescaling")
-    with shown, torch.inference_mode(False), first_steps():
-        with label_forms("invariance"):
+    with shown, torch.inference_mode(False):
+        with first_steps(), label_forms("invariance"):
             objective = Objective(own, loader, loss_fn, params=params, seed=seed, **options)
-        found, kinds, refused, outputs = _found(objective, factor, temperature, seed)
-        if not found:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-            raise InputError(f"invariance: no rescaling leaves the decisions of {type(model).__name__} as they are. {reasons}")
-        chosen = _spread([i for i, kind in enumerate(kinds) if kind == "layers"], pairs)
-        chosen += [i for i, kind in enumerate(kinds) if kind == "temperature"]
-        if not chosen:
-            raise InputError(f"invariance: with pairs={pairs} and temperature={temperature} nothing is left to measure. Raise pairs.")
+            found, kinds, refused, outputs = _found(objective, factor, temperature, seed)
+            chosen = _chosen(found, kinds, refused, pairs, temperature, type(model).__name__)
+            unit = torch.finfo(objective.dtype).eps * abs(Landscape(objective).loss())
         data = loader if objective.batches.streamed else [batch for _, batch in objective.batches]
         options["reduction"] = objective.reduction
 
         def at_present() -> tuple[dict[str, Estimate], dict[str, str]]:
-            return _measured(_Subject(own, data, loss_fn, options, params, backend, preflight, how), names)
+            return measured_at(Subject(own, data, loss_fn, options, params, backend, preflight, how), names)
 
-        base, skipped = at_present()
-        if not base:
-            raise InputError(f"invariance: none of the measures has a value. {'; '.join(f'{n}: {r}' for n, r in skipped.items())}")
-        columns = [name for name in names if name in base]
-        eps = torch.finfo(objective.dtype).eps
-        unit = eps * abs(Landscape(objective).loss())
-        values, errors, moves, notes = [], [], [], list(objective.notes())
-        for number, i in enumerate(chosen):
-            shown.on_step(number + 1, (float(number),), len(chosen))
-            with found[i].applied(own):
-                moves.append(_off(outputs, kinds[i], temperature))
-                after, lost = at_present()
-            notes += [f"{found[i].name}: {name} has no value: {reason}" for name, reason in lost.items() if name in base]
-            values.append([float(after[c]) if c in after else math.nan for c in columns])
-            errors.append([_error(base[c], after[c], eps, unit, confidence) if c in after else math.nan for c in columns])
-            notes += [f"{found[i].name}: {name} is not converged" for name, e in after.items() if not e.converged]
+        settings = {**how, "factor": factor, "temperature": temperature, "pairs": pairs, "reduction": objective.reduction, "bn": bn}
+        rows = _Rows(objective, [s.name for s in found], refused, settings, unit)
+        try:
+            rows.begin(*at_present())
+            for number, i in enumerate(chosen):
+                shown.on_step(number + 1, (float(number),), len(chosen))
+                with found[i].applied(own):
+                    off = _off(outputs, kinds[i], temperature)
+                    rows.add(found[i].name, kinds[i], off, *at_present())
+        except KeyboardInterrupt as e:
+            partial = rows.result() if rows.kinds else None
+            raise Interrupted(f"invariance: interrupted after {len(rows.kinds)} of {len(chosen)} rescalings.", partial) from e
     if len(chosen) < len(found):
-        notes.append(f"{len(found) - len(chosen)} of {len(found)} rescalings found were not measured: pairs={pairs}")
-    return Invariance(
-        measures=tuple(columns),
-        rescalings=tuple(found[i].name for i in chosen),
-        kinds=tuple(kinds[i] for i in chosen),
-        base=_f64([float(base[c]) for c in columns]),
-        values=_f64(values),
-        errors=_f64(errors),
-        outputs=_f64(moves),
-        applicable=tuple(s.name for s in found),
-        refused=refused,
-        skipped=skipped,
-        notes=tuple(dict.fromkeys(notes)),
-        settings={**how, "factor": factor, "temperature": temperature, "pairs": pairs, "reduction": objective.reduction, "bn": bn},
-        provenance=objective.provenance(),
-    )
+        rows.notes.append(f"{len(found) - len(chosen)} of {len(found)} rescalings found were not measured: pairs={pairs}")
+    return rows.result()
+
+
+@dataclass
+class _Rows:
+    """What has been measured so far."""
+
+    objective: Objective
+    applicable: list[str]
+    refused: dict[str, str]
+    settings: dict[str, Any]
+    unit: float  # eps times the loss
+    base: dict[str, Estimate] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    values: list[list[float]] = field(default_factory=list)
+    errors: list[list[float]] = field(default_factory=list)
+    outputs: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def begin(self, base: dict[str, Estimate], skipped: dict[str, str]) -> None:
+        """The measures at the weights as they are."""
+        if not base:
+            raise InputError(f"invariance: none of the measures has a value. {_listed(skipped)}")
+        self.base, self.skipped = base, skipped
+        self.notes += [*self.objective.notes(), *(f"{name} is not converged" for name, e in base.items() if not e.converged)]
+
+    def add(self, name: str, kind: str, off: float, after: dict[str, Estimate], lost: dict[str, str]) -> None:
+        """The measures after a rescaling."""
+        eps, confidence = torch.finfo(self.objective.dtype).eps, self.settings["confidence"]
+        pairs = [(before, after.get(measure)) for measure, before in self.base.items()]
+        self.names.append(name)
+        self.outputs.append(off)
+        self.values.append([math.nan if e is None else float(e) for _, e in pairs])
+        self.errors.append([math.nan if e is None else error_of_change(b, e, eps, self.unit, confidence) for b, e in pairs])
+        self.notes += [f"{name}: {measure} has no value: {reason}" for measure, reason in lost.items() if measure in self.base]
+        self.notes += [f"{name}: {measure} is not converged" for measure, e in after.items() if not e.converged]
+        self.kinds.append(kind)  # last: a row counts once it is whole
+
+    def result(self) -> Invariance:
+        r = len(self.kinds)
+        return Invariance(
+            measures=tuple(self.base),
+            rescalings=tuple(self.names[:r]),
+            kinds=tuple(self.kinds),
+            base=_f64([float(e) for e in self.base.values()]),
+            values=_f64(self.values[:r]),
+            errors=_f64(self.errors[:r]),
+            outputs=_f64(self.outputs[:r]),
+            applicable=tuple(self.applicable),
+            refused=self.refused,
+            skipped=self.skipped,
+            notes=tuple(dict.fromkeys(self.notes)),
+            settings=self.settings,
+            provenance=self.objective.provenance(),
+        )
 
 
 def _names(measures: str | Iterable[str]) -> list[str]:
@@ -232,6 +194,18 @@ def _check(factor: Any, temperature: Any, pairs: Any, confidence: float) -> None
         raise InputError(f"invariance: pairs={pairs!r}, expected an integer of at least 0, or None for all.")
 
 
+def _check_how(how: dict[str, Any], preflight: str) -> None:
+    """Arguments of single measures: wrong ones are errors, not reasons why a measure has no value."""
+    for rho in (how["rho"], how["ascent_rho"]):
+        perturbation.check_arguments(
+            kind="sam", rho=rho, directions=how["directions"], norm="l2", scale="none", m=None, steps=1, confidence=how["confidence"]
+        )
+    given: dict[str, Any] = {"rtol": how["rtol"], "confidence": how["confidence"], "seed": how["seed"]}
+    probes.check_arguments("invariance", atol=None, method="auto", max_products=2000, pairs=None, check="auto", **given)
+    if preflight not in LEVELS:
+        raise InputError(f"preflight={preflight!r} is none of {', '.join(map(repr, LEVELS))}.")
+
+
 def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
@@ -253,10 +227,27 @@ def _found(
         try:
             head = [temperature_scaling(outputs, temperature)]
         except InputError as e:
-            refused["temperature"] = _reason(e)
+            refused["temperature"] = in_a_line(e)
     layers, others = layer_scalings(outputs, factor)
     objective.record_weights()
     return layers + head, ["layers"] * len(layers) + ["temperature"] * len(head), others | refused, outputs
+
+
+def _chosen(
+    found: list[Scaling], kinds: list[str], refused: dict[str, str], pairs: int | None, temperature: float | None, model: str
+) -> list[int]:
+    """Places of those to measure."""
+    if not found:
+        raise InputError(f"invariance: no rescaling leaves the decisions of {model} as they are. {_listed(refused)}")
+    chosen = _spread([i for i, kind in enumerate(kinds) if kind == "layers"], pairs)
+    chosen += [i for i, kind in enumerate(kinds) if kind == "temperature"]
+    if not chosen:
+        raise InputError(f"invariance: with pairs={pairs} and temperature={temperature} nothing is left to measure. Raise pairs.")
+    return chosen
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _off(outputs: Outputs, kind: str, temperature: float | None) -> float:
@@ -271,44 +262,6 @@ def _spread(found: list[int], most: int | None) -> list[int]:
     if most < 2:
         return found[:most]
     return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
-
-
-def _measured(subject: _Subject, names: list[str]) -> tuple[dict[str, Estimate], dict[str, str]]:
-    measured: dict[str, Estimate] = {}
-    skipped: dict[str, str] = {}
-    for name in names:
-        try:
-            measured[name] = MEASURES[name](subject)
-        except (NonFiniteError, StaleOperatorError):
-            raise
-        except (FastsharpError, NotImplementedError) as e:
-            skipped[name] = _reason(e)
-    return measured, skipped
-
-
-def _reason(e: Exception) -> str:
-    return " ".join(str(e).split("\n"))
-
-
-def _error(before: Estimate, after: Estimate, eps: float, unit: float, confidence: float) -> float:
-    """How large a change has to be to be told from none; `unit` is eps times the loss."""
-    if isinstance(before, Sharpness) and isinstance(after, Sharpness):
-        k, per = before.samples, before.settings["rho"] if before.settings["kind"] == "sam" else 1.0
-        rounding = _FLOORS * (before.noise_floor + after.noise_floor + unit / per)
-        if not k:
-            return rounding
-        # the same directions on both sides: what counts is the spread of their differences
-        differences = (after.changes.abs() - before.changes.abs()) / per
-        return rounding + student((1 + confidence) / 2, k - 1) * float(differences.std()) / math.sqrt(k)
-    if isinstance(before, SampleEstimate) and isinstance(after, SampleEstimate):
-        # exact for these samples but for rounding; a mean that cancels is rounded at the size of its terms
-        return math.sqrt(eps) * max(_size(before), _size(after))
-    return sum((e.interval[1] - e.interval[0]) / 2 for e in (before, after))
-
-
-def _size(e: SampleEstimate) -> float:
-    spread = e.stderr * math.sqrt(e.samples)
-    return max(abs(e.value), spread if math.isfinite(spread) else 0.0)
 
 
 def _f64(values: Any) -> torch.Tensor:

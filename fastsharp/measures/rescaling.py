@@ -13,7 +13,7 @@ Source: Dinh, Pascanu, Bengio, Bengio, "Sharp minima can generalize for deep net
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class Scaling:
 
 
 @contextmanager
-def _edited(before: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def _edited(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -65,7 +65,7 @@ class Outputs:
         self.objective = objective
         objective.batches.ordered = True  # outputs are compared sample by sample, in every pass
         self.base: list[torch.Tensor] = []
-        self._walk(lambda _, f: self.base.append(f) is None)
+        self._walk(self._keep)
         self.size = max(float(f.abs().max()) for f in self.base)
         if not self.size < float("inf"):
             raise NonFiniteError("invariance: the outputs of the network are not finite. Check the weights and the data for NaN.")
@@ -83,6 +83,10 @@ class Outputs:
 
         self._walk(near)
         return worst
+
+    def _keep(self, _: int, f: torch.Tensor) -> bool:
+        self.base.append(f)
+        return True
 
     def _walk(self, see: Callable[[int, torch.Tensor], bool]) -> None:
         """see(index, outputs) batch by batch, until it returns False."""

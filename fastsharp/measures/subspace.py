@@ -20,7 +20,7 @@ def principal_angles(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """(k,) float64 radians, ascending, between the row spaces of A and B (k, n); those below 1e-8 are not told from zero."""
     aa, bb, ab = (_gram(x, y) for x, y in ((A, A), (B, B), (A, B)))
     left = torch.linalg.solve_triangular(torch.linalg.cholesky(aa), ab, upper=False)
-    cosines = torch.linalg.svdvals(torch.linalg.solve_triangular(torch.linalg.cholesky(bb), left.T, upper=False))
+    cosines: torch.Tensor = torch.linalg.svdvals(torch.linalg.solve_triangular(torch.linalg.cholesky(bb), left.T, upper=False))
     return cosines.clamp(0.0, 1.0).arccos()
 
 
