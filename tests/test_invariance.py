@@ -218,6 +218,23 @@ def test_other_activations_are_refused_by_what_they_do(activation: type[nn.Modul
     assert activation.__name__ in refused["0 -> 2"] and "of the largest" in refused["0 -> 2"]
 
 
+class Nearly(nn.Module):
+    """relu(x) and a little that is not homogeneous."""
+
+    def __init__(self, little: float) -> None:
+        super().__init__()
+        self.little = little
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu() + self.little * x.tanh()
+
+
+@pytest.mark.parametrize("little", [0.0, 1e-10, 1e-4, 1e-2])
+def test_nearly_homogeneous_is_not_homogeneous(little: float) -> None:
+    found, refused = scalings(nn.Sequential(nn.Linear(5, 6), Nearly(little), nn.Linear(6, 3)).double(), data())
+    assert (len(found), len(refused)) == ((1, 0) if little == 0 else (0, 1))
+
+
 def test_normalisation_carries_the_factor_in_place_of_the_layer_before_it() -> None:
     case = net("cnn_batchnorm_eval")
     found, refused = scalings(case.model, case.batches, case.loss_fn)
@@ -429,6 +446,16 @@ def test_ctrl_c_carries_the_rescalings_so_far(monkeypatch: pytest.MonkeyPatch) -
 
 
 # --- how it looks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_names_what_was_refused() -> None:
+    from rich.console import Console
+
+    tanh = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(fastsharp.invariance(tanh, data(), measures="margin").table())
+    text = console.export_text()
+    assert "0 -> 2: the outputs move by" in text and "between them: Tanh" in text
 
 
 def test_table_and_figure(tmp_path: Any) -> None:

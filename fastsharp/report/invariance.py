@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastsharp.results import Invariance
 
 _BLUE, _RED, _INK, _SOFT, _FAINT = "#1f5fa8", "#c8421a", "#333333", "#666666", "#8a8a8a"
+_MOST = 6  # refused rescalings that the table names
 
 
 def invariance_table(found: Invariance) -> Table:
@@ -36,8 +37,11 @@ def invariance_table(found: Invariance) -> Table:
     blanks = [""] * len(found.rescalings)
     for name, reason in found.skipped.items():
         t.add_row(f"[dim]{name}[/]", "[dim]none[/]", *blanks, escape(f"not measured: {reason.split('.')[0]}"))
-    for name, reason in found.refused.items():
-        t.add_row(f"[dim]{escape(name)}[/]", "", *blanks, escape(f"no such rescaling: {reason}"))
+    refused = [f"{name}: {reason}" for name, reason in found.refused.items()]
+    if refused:
+        more = [f"and {len(refused) - _MOST} more"] * (len(refused) > _MOST)
+        t.caption = escape("\n".join(["Rescalings that change the outputs, and are left out:", *refused[:_MOST], *more]))
+        t.caption_justify = "left"
     return t
 
 
