@@ -17,6 +17,7 @@ from fastsharp.curvature import GGN, Hessian
 from fastsharp.errors import ArgumentTypeError, InputError, NotConvergedError, NotConvergedWarning, listing, stacklevel
 from fastsharp.krylov import trace as solvers
 from fastsharp.krylov.plan import whole_bytes
+from fastsharp.krylov.radau import RadauQuadrature
 from fastsharp.krylov.spectrum import check_arguments
 from fastsharp.krylov.spectrum import spectrum as krylov_spectrum
 from fastsharp.measures import trajectory
@@ -197,7 +198,13 @@ def _gauss_newton(
         job.add("gauss-newton", {"soft_rank": rank})
 
     options: dict[str, Any] = {"rtol": how["rtol"], "confidence": how["confidence"], "seed": build["seed"], "check": "off"}
-    options |= {"max_products": _SOFT_RANK_PRODUCTS, "assembled": _ASSEMBLED, "strict": True, "name": "soft_rank"}
+    options |= {
+        "max_products": _SOFT_RANK_PRODUCTS,
+        "assembled": _ASSEMBLED,
+        "quadrature": RadauQuadrature,
+        "strict": True,
+        "name": "soft_rank",
+    }
     try:
         with job.keeping(keep):
             keep(solvers.trace_function(G, f=lambda x: x.clamp_min(0.0) / (x.clamp_min(0.0) + c), on_step=job.shown.on_step, **options))

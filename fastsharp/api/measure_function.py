@@ -68,8 +68,11 @@ def function_side(job: Job, objective: Objective, u: torch.Tensor, confidence: f
         for guarded in shared:
             if guarded.name in ("boundary_tightness", "input_jacobian"):
                 guarded.refuse("it differentiates by the inputs, and none is floating-point")
-    job.notes += one_pass(objective, shared, what="measure", on_batch=lambda done, count: job.shown.on_step(done, (done,), count))
+    with job.may_skip(*(guarded.name for guarded in shared)):  # an output that no measure can read
+        job.notes += one_pass(objective, shared, what="measure", on_batch=lambda done, count: job.shown.on_step(done, (done,), count))
     for guarded in shared:
+        if guarded.name in job.skipped:
+            continue
         found = guarded.result()
         if found is not None:
             job.add("function", {guarded.name: found})

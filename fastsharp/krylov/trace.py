@@ -137,6 +137,7 @@ def trace_function(
     on_step: OnStep | None = None,
     name: str = "trace_function",
     assembled: int = _SMALL,
+    quadrature: type[Quadrature] = Quadrature,
 ) -> Estimate:
     """tr f(H) = E z'f(H)z by Lanczos quadrature of each probe; f maps eigenvalues, (m,) float64, to values of the same shape.
 
@@ -155,7 +156,7 @@ def trace_function(
         if operator.n <= assembled:
             return exact()
         steps = min(_STEPS, max_products // 24)
-        sampler = Quadrature(products, f, seed, rtol, atol or 0.0, steps)
+        sampler = quadrature(products, f, seed, rtol, atol or 0.0, steps)
         ours = Run(
             products,
             sampler,
