@@ -37,7 +37,7 @@ PARTS = tuple(NAMES)
 _DAMPING = 1e-3  # c of the soft rank, in units of lambda_max
 _LINES = 2  # eigenvectors that the loss is drawn along
 _GGN_STEPS = 40  # of the Gauss-Newton matrix, which has no part in the density
-_SOFT_RANK_PRODUCTS = 480  # at most: 24 probes of 20 steps
+_SOFT_RANK_PRODUCTS = 160  # at most: the interval grows with what is left out, the call should not
 _ASSEMBLED = 512  # n up to which the soft rank is exact: no more products than its probes would take, and all of them together
 
 
@@ -83,7 +83,7 @@ def measure(
 
     Returns Report. A measure that does not apply (no classifier head, a loss that is no cross-entropy, integer inputs) is in `.skipped` with
     the reason, and stops nothing. `.cost` counts products, gradients and passes, by part in seconds.
-    Cost: that of `spectrum` for H and with fewer steps for G, and at most 480 products for the soft rank; a pass for each direction;
+    Cost: that of `spectrum` for H and with fewer steps for G, and at most 160 products for the soft rank; a pass for each direction;
     2 x 21 + grid^2 passes for the landscape; one pass of tangents and a few reverse passes for all measures of the function together.
     Where the Hessian's part misses a tolerance, one NotConvergedWarning; the flag is `report[name].converged`, the reason a note.
     Raises subclasses of FastsharpError where the spectrum cannot be had; Interrupted on Ctrl-C. Both carry `.partial`, a Report of what there

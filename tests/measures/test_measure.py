@@ -20,8 +20,8 @@ from fastsharp.errors import (
     FastsharpError,
     InputError,
     Interrupted,
-    NoParametersError,
     NonFiniteError,
+    NoParametersError,
     NotConvergedWarning,
 )
 from fastsharp.krylov.radau import with_node
@@ -160,9 +160,9 @@ def test_parts_that_were_not_asked_for_are_neither_measured_nor_skipped() -> Non
     assert set(report.measures) == {*NAMES["curvature"], *NAMES["trajectory"]} and not report.skipped and report.landscape is None
     whole = measured(case)
     assert all(report[name].value == whole[name].value for name in report.measures)  # a part does not depend on the others
-    with pytest.raises(KeyError, match="sam.*lambda_max"):
+    with pytest.raises(KeyError, match=r"sam.*lambda_max"):
         report["sam"]
-    with pytest.raises(KeyError, match="not measured: .*needs the cross-entropy"):
+    with pytest.raises(KeyError, match=r"not measured: .*needs the cross-entropy"):
         measured(net("regression"), parts="function")["margin"]
 
 
@@ -179,7 +179,7 @@ def test_the_soft_rank_is_bounded_without_a_warning(one_thread: None) -> None:
         report = fastsharp.measure(model, (x, y), parts="gauss-newton", damping=1e-4, rtol=0.01, k=1, steps=30)
     rank = report["soft_rank"]
     krylov = report.cost["products.gauss-newton"]
-    assert rank.n_matvec <= 480 and krylov <= 480 + 2000 and not rank.converged
+    assert rank.n_matvec <= 160 and krylov <= 160 + 2000 and not rank.converged
     assert any(note.startswith("soft_rank did not reach") for note in report.notes)
     G = fastsharp.GGN(model, (x, y))
     assert G.n > 512
