@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastsharp.results import Eigenpairs
+    from fastsharp.results import Eigenpairs, LayerSpectra
 
 
 def table(result: Eigenpairs) -> Table:
@@ -73,3 +73,31 @@ def _preflight(outcome: Any) -> str:
         f"{k.replace('_', ' ')} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in outcome.items() if k != "level" and v != ()
     ]
     return f"passed ({outcome.get('level')}): {', '.join(measured)}"
+
+
+def layer_table(result: LayerSpectra) -> Table:
+    """One row a layer. The coupling is ||H_l: without H_ll||_F, with its standard error; it is left out where it was not asked for."""
+    from rich import box
+    from rich.table import Table
+
+    t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    t.add_column("layer", overflow="fold")
+    coupled = result.coupling is not None
+    for name in ("n", "top eigenvalue", "error bound", "trace", *(["coupling"] if coupled else [])):
+        t.add_column(name, justify="right")
+    t.add_column("block by")
+    for layer in result:
+        done = bool(layer.converged.all())
+        top, bound = (float(values[0]) for values in (layer.eigenvalues, layer.error_bounds))
+        columns = [layer.name, f"{layer.n:,}", f"[bold]{top:.5g}[/]" if done else f"[bold red]{top:.5g} NOT CONVERGED[/]", f"{bound:.0e}"]
+        t.add_row(
+            *columns,
+            _measured(layer.trace.value, layer.trace.stderr),
+            *([_measured(*(layer.coupling or (0.0, 0.0)))] * coupled),
+            layer.route,
+        )
+    return t
+
+
+def _measured(value: float, stderr: float) -> str:
+    return f"{value:.4g}" if stderr == 0.0 else f"{value:.4g} ± {stderr:.2g}"

@@ -25,6 +25,7 @@ from fastsharp.errors import (
     StaleOperatorError,
 )
 from fastsharp.guard import rng_restored, version_of
+from fastsharp.reading import read, watched
 
 _WRAPPED_BATCH = 256  # batch size when a Dataset is handed in
 _DIGEST = 16
@@ -93,19 +94,23 @@ class Batches:
     Frozen where they fit `budget` bytes: one pass over the loader (a generator will do), then the loader is not read again.
     Streamed where they do not: the loader is read in every pass, and the hashes of all samples, summed without regard to
     order, must come out as in the first pass. Where `ordered` is set, so must the samples of each batch by itself: a loss
-    that looks across a batch, frozen batch statistics and masks are functions of the grouping as well.
+    that looks across a batch, frozen batch statistics and masks are functions of the grouping as well. Where `in_order` is set, their
+    order in the batch too: labels drawn from a model go by it.
     """
 
     def __init__(self, data: Any, device: torch.device, budget: int) -> None:
         self._loader = as_loader(data)
+        self._source = watched(self._loader)
+        self._passes = 0
         self._device = device
         self._frozen: list[Any] = []
         self.streamed = False
         self.nbytes = 0
         self.count = 0
-        self.ordered = False
+        self.ordered = self.in_order = False
         self._hash = 0
         self._by_batch: list[int] = []  # when streamed: the hash of each batch of the first pass
+        self._orders: list[int] = []  # and that of its order
         self._read_first_pass(budget)
         self._versions = self._present_versions()
 
@@ -116,12 +121,14 @@ class Batches:
             return
         digest, count = 0, 0
         with self._draws():
-            for index, batch in enumerate(b for b in self._loader if count_of(b)):
-                own = sum(_sample_hashes(batch)) % _MODULUS
+            for index, batch in enumerate(b for b in self._read() if count_of(b)):
+                hashes = _sample_hashes(batch)
+                own = sum(hashes) % _MODULUS
                 digest, count = (digest + own) % _MODULUS, count + count_of(batch)
-                if self.ordered and self._by_batch[index : index + 1] != [own]:
+                moved = self.in_order and self._orders[index : index + 1] != [hash(tuple(hashes))]
+                if moved or (self.ordered and self._by_batch[index : index + 1] != [own]):
                     raise NondeterministicOperatorError(
-                        f"batch {index} holds other samples than in the first pass, and this loss depends on how samples are grouped.\n"
+                        f"batch {index} holds other samples than in the first pass, or in another order, and the products depend on how they are grouped.\n"
                         "Switch off shuffle, or raise memory= so that the data are frozen after one pass."
                     )
                 yield index, self._moved(batch)
@@ -155,7 +162,7 @@ class Batches:
         if isinstance(self._loader, (list, tuple)) or self._one_shot():
             return "read once"
         with self._draws(afresh=True):
-            drawn = [batch for _, batch in zip(range(most), (b for b in self._loader if count_of(b)), strict=False)]
+            drawn = [batch for _, batch in zip(range(most), (b for b in self._read() if count_of(b)), strict=False)]
         return "same" if self._known(drawn) else "other samples"
 
     def recheck(self) -> str:
@@ -163,7 +170,7 @@ class Batches:
         if isinstance(self._loader, (list, tuple)) or self._one_shot():
             return "read once"
         with self._draws(afresh=True):
-            hashes = [h for batch in self._loader for h in _sample_hashes(batch)]
+            hashes = [h for batch in self._read() for h in _sample_hashes(batch)]
         return "same" if (sum(hashes) % _MODULUS, len(hashes)) == (self._hash_all(), self.count) else "other samples"
 
     def digest(self) -> str:
@@ -184,12 +191,17 @@ class Batches:
         known = {h for b in self._frozen for h in _sample_hashes(b)}
         return all(h in known for hashes in redrawn for h in hashes)
 
+    def _read(self) -> Iterator[Any]:
+        """The next pass over the loader."""
+        self._passes += 1
+        return read(self._source, self._passes)
+
     def _one_shot(self) -> bool:
         return isinstance(self._loader, Iterator)
 
     def _read_first_pass(self, budget: int) -> None:
         with self._draws():
-            for batch in self._loader:
+            for batch in self._read():
                 if count_of(batch) == 0:
                     continue
                 self.count += count_of(batch)
@@ -197,7 +209,9 @@ class Batches:
                 if not self.streamed and self.nbytes + size > budget:
                     self._start_streaming(budget)
                 if self.streamed:
-                    self._by_batch.append(sum(_sample_hashes(batch)) % _MODULUS)
+                    hashes = _sample_hashes(batch)
+                    self._by_batch.append(sum(hashes) % _MODULUS)
+                    self._orders.append(hash(tuple(hashes)))
                     self._hash = (self._hash + self._by_batch[-1]) % _MODULUS
                 else:
                     self._frozen.append(self._moved(batch))
@@ -214,7 +228,8 @@ class Batches:
                 "Pass a DataLoader or a list of batches, or raise memory=."
             )
         self.streamed = True
-        self._by_batch = [sum(_sample_hashes(b)) % _MODULUS for b in self._frozen]
+        found = [_sample_hashes(b) for b in self._frozen]
+        self._by_batch, self._orders = [sum(hashes) % _MODULUS for hashes in found], [hash(tuple(hashes)) for hashes in found]
         self._hash = sum(self._by_batch) % _MODULUS
         self._frozen.clear()
 

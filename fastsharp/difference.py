@@ -15,24 +15,23 @@ a loss near zero, whose gradient is rounding to the fifth digit), the smallest m
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from fastsharp.batches import count_of, head, tree_map
-from fastsharp.curvature.autograd import GaussNewtonGraph, lacks_second_derivative
+from fastsharp.curvature.autograd import GaussNewtonGraph, GradientGraph, lacks_second_derivative
+from fastsharp.curvature.form import HESSIAN, Form
 from fastsharp.curvature.mlp import double_product
-from fastsharp.curvature.network_output import network_output
 from fastsharp.curvature.rop.linearise import Linearised
 from fastsharp.curvature.rop.tape import record
-from fastsharp.losses import Loss, Value
+from fastsharp.doubling import double_loss, to_double
+from fastsharp.losses import Value
 from fastsharp.swap import with_weights
+from fastsharp.widening import NARROW, Doubling
 
 if TYPE_CHECKING:
     from fastsharp.curvature.finite_sum import FiniteSum
@@ -45,8 +44,6 @@ _AGREE = 0.3  # errors of two steps closer than this share of their norm are one
 _ATTEMPTS = ((1.0, _SAMPLES, False), (0.1, _SAMPLES, False), (0.1, 4, True))  # share of the step, samples, beside the weights
 _LADDER = tuple(10.0**-e for e in range(7))  # shares of the step on one sample
 _CANDIDATES = 8  # samples among which the one with the largest loss is taken: a saturated one tells nothing
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
 Found = TypeVar("Found")
 
 
@@ -111,6 +108,7 @@ def share(error: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, h: floa
 class DoubleGradient:
     """Gradient and product of a float64 copy of the objective on a few samples of one batch; the model is not touched.
 
+    cuttable  whether it can be evaluated on a part of its batch
     narrow   the operation whose result depends on the parameters and is in float32 for all that, None where there is none
     """
 
@@ -124,16 +122,16 @@ class DoubleGradient:
         self.narrow: str | None = None
         model = self._objective.model
         # a buffer may be stored in float32 whatever the parameters are, so everything floating goes along
-        self._constants = {name: _to_double(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-        self._loss = _double_loss(self._objective.loss)
+        self._constants = {name: to_double(t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._loss = double_loss(self._objective.loss)
         self.theta = torch.cat([p.detach().double().reshape(-1) for p in self._objective.selection.params])
-        self._cuttable = True
+        self.cuttable = True
         self._settle()
 
     def _settle(self) -> None:
         """Evaluate once: a model may need its whole batch, or create tensors of the default dtype on its way."""
         for default, cuttable in ((self._default, True), (torch.float64, True), (torch.float64, False)):
-            self._default, self._cuttable = default, cuttable
+            self._default, self.cuttable = default, cuttable
             self.limit(_SAMPLES)
             try:
                 self.gradient(self.theta)
@@ -144,14 +142,19 @@ class DoubleGradient:
 
     def limit(self, samples: int, start: int = 0) -> None:
         """Use at most this many samples, from `start` on, where the batch can be cut."""
-        cut = head(self._original, start, start + samples) if self._cuttable and count_of(self._original) > samples else None
+        cut = head(self._original, start, start + samples) if self.cuttable and count_of(self._original) > samples else None
         self._single = self._original if cut is None else cut
-        self._batch = tree_map(_to_double, self._single)
+        self._batch = tree_map(to_double, self._single)
+
+    @property
+    def samples(self) -> int:
+        """How many there are at present."""
+        return count_of(self._single)
 
     def hardest(self, most: int) -> int:
         """Which of the first samples has the largest loss by itself."""
         losses = []
-        for start in range(min(most, count_of(self._original)) if self._cuttable else 0):
+        for start in range(min(most, count_of(self._original)) if self.cuttable else 0):
             try:
                 self.limit(1, start)
                 with self._doubled(), torch.no_grad():
@@ -171,35 +174,49 @@ class DoubleGradient:
 
     def exact(self, v: torch.Tensor) -> torch.Tensor:
         """A v at the weights by autograd, for the matrix of the operator."""
-        return self._by_autograd(self.theta, v)[0] if self._operator.kind == "hessian" else self._gauss_newton(v)
+        form = self._operator.form
+        return self._by_autograd(self.theta, v)[0] if form == HESSIAN else self.formed(form, v)
 
-    def _gauss_newton(self, v: torch.Tensor) -> torch.Tensor:
-        leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
-        with self._doubled():
-            value = self._value(leaves)
-            product = GaussNewtonGraph(value.loss, network_output(value), leaves).product(self._layout.views(v))
+    def formed(self, form: Form, v: torch.Tensor) -> torch.Tensor:
+        """A v at the weights by autograd, for the matrix of this form."""
+        with self.evaluation() as (value, leaves):
+            output, loss = self._split(value, leaves, form)
+            graph = GradientGraph(loss, leaves) if output is None else GaussNewtonGraph(loss, output, leaves)
+            product = graph.product(self._layout.views(v))
         return torch.zeros_like(v) if product is None else torch.cat([p.reshape(-1) for p in product])
 
+    @contextmanager
+    def evaluation(self) -> Iterator[tuple[Value, list[torch.Tensor]]]:
+        """The loss at the weights with its graph, and the tensors that stand for the parameters."""
+        leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta)]
+        with self._doubled():
+            yield self._value(leaves), leaves
+
+    def constants(self, form: Form, value: Value) -> Any:
+        """What a form's stand-in takes of an evaluation."""
+        return form.constants(value, self._batch, self._loss, self._objective.draw_seed(self._key))
+
+    def _split(self, value: Value, leaves: list[torch.Tensor], form: Form) -> tuple[torch.Tensor | None, torch.Tensor]:
+        seed = self._objective.draw_seed(self._key)
+        output, value = form.of(value, self._batch, self._loss, leaves, self._layout.names, seed)
+        return output, value.loss
+
     def by_engine(
-        self, v: torch.Tensor, rules: int | None = None, theta: torch.Tensor | None = None
+        self, v: torch.Tensor, rules: int | None = None, theta: torch.Tensor | None = None, form: Form | None = None
     ) -> tuple[torch.Tensor, list[tuple[str, str]]]:
         """(A v by the R-operator, its calls), by default at the weights; Unrecorded where there is no tape. `rules` as in `Linearised`."""
         leaves = [view.detach().requires_grad_() for view in self._layout.views(self.theta if theta is None else theta)]
-        gauss = self._operator.kind == "ggn"
-
-        def evaluate() -> tuple[torch.Tensor | None, torch.Tensor]:
-            value = self._value(leaves)
-            return network_output(value) if gauss else None, value.loss
-
+        form = form or self._operator.form
         out = torch.zeros_like(v)[None]
         with self._doubled():
-            linearised = Linearised(record(evaluate, leaves, modules=self._objective.model), rules=rules)
-            linearised.product(self._layout.rows(v[None]), self._layout.rows(out), gauss=gauss)
+            tape = record(lambda: self._split(self._value(leaves), leaves, form), leaves, modules=self._objective.model)
+            linearised = Linearised(tape, rules=rules)
+            linearised.product(self._layout.rows(v[None]), self._layout.rows(out), gauss=form.gauss)
         return out[0], linearised.names
 
     def by_kernel(self, v: torch.Tensor) -> torch.Tensor:
         """A v at the weights by the native kernel; Unavailable where it does not apply."""
-        return double_product(self._objective, self._key, self._single, v, self._operator.kind == "ggn")
+        return double_product(self._objective, self._key, self._single, v, self._operator.form.gauss)
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """g(theta), (n,)."""
@@ -210,7 +227,9 @@ class DoubleGradient:
 
     def product(self, theta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(H v, g) at theta, by the engine where it computes the products and torch has no second derivative."""
-        return self._or_by_engine(lambda: self._by_autograd(theta, v), lambda: (self.by_engine(v, theta=theta)[0], self.gradient(theta)))
+        return self._or_by_engine(
+            lambda: self._by_autograd(theta, v), lambda: (self.by_engine(v, theta=theta, form=HESSIAN)[0], self.gradient(theta))
+        )
 
     def _or_by_engine(self, by_autograd: Callable[[], Found], by_engine: Callable[[], Found]) -> Found:
         """By the engine where it computes the products and torch has no second derivative."""
@@ -242,7 +261,7 @@ class DoubleGradient:
                 return self._loss(self._batch)
 
         value = with_weights(objective.model, weights, call)
-        if value.loss.dtype in _NARROW:
+        if value.loss.dtype in NARROW:
             self.narrow = "the loss"
         return value
 
@@ -251,43 +270,8 @@ class DoubleGradient:
         before = torch.get_default_dtype()
         torch.set_default_dtype(self._default)
         try:
-            with _Doubling() as mode:
+            with Doubling() as mode:
                 yield
             self.narrow = self.narrow or mode.narrow
         finally:
             torch.set_default_dtype(before)
-
-
-class _Doubling(TorchFunctionMode):
-    """Casts that are written out in a model or loss (`x.float()`, `dtype=torch.float32`) go to float64, as do float32 constants
-    that meet float64 tensors (class weights in a closure, tables)."""
-
-    narrow: str | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func, kwargs = torch.Tensor.double if func in _CASTS else func, kwargs or {}
-        name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
-        meets = not writes and any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in (*args, *kwargs.values()))
-        result = func(*(_widened(a, meets) for a in args), **{k: _widened(v, meets) for k, v in kwargs.items()})
-        if isinstance(result, torch.Tensor) and result.dtype in _NARROW and result.requires_grad and self.narrow is None:
-            self.narrow = name or str(func)
-        return result
-
-
-def _widened(value: Any, tensors: bool) -> Any:
-    if tensors and isinstance(value, torch.Tensor) and value.dtype in _NARROW:
-        return value.double()
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
-
-
-def _double_loss(loss: Loss) -> Loss:
-    """The same loss with float64 weights of its own; the model it calls stays the same object."""
-    double = copy.copy(loss)
-    if isinstance(loss.loss_fn, nn.Module):
-        double.loss_fn = copy.deepcopy(loss.loss_fn).double()
-    return double
-
-
-def _to_double(t: torch.Tensor) -> torch.Tensor:
-    return t.double() if t.is_floating_point() else t

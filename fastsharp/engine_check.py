@@ -69,7 +69,7 @@ def _measured(operator: FiniteSum, index: int, batch: Any, double: DoubleGradien
     samples = _TILED if operator.backend == "mlp" else _SAMPLES
     part = head(batch, 0, samples) if count_of(batch) > samples else None
     part = batch if part is None else part
-    request = Request(operator.objective, ("engine", index), part, operator.kind == "ggn")
+    request = Request(operator.objective, ("engine", index), part, operator.form)
     made, want = operator.minibatch_products(part, request.index), graph_products(request)
     pair = torch.zeros(2, operator.n, dtype=operator.dtype, device=operator.device)
     for products, row in ((made.products, pair[:1]), (want.products, pair[1:])):

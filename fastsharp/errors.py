@@ -154,6 +154,30 @@ class ShapeError(InputError):
     code = "FS134"
 
 
+class PrecisionError(DtypeError):
+    """Parameters in half precision, which cannot carry second derivatives."""
+
+    code = "FS135"
+
+
+class InferenceTensorError(ParamError):
+    """A parameter was created under inference_mode and takes no gradient."""
+
+    code = "FS136"
+
+
+class SparseGradError(InputError):
+    """An embedding with sparse=True: its gradient cannot be differentiated again."""
+
+    code = "FS137"
+
+
+class DistributedError(InputError):
+    """The model is spread over several processes, and this one knows a part of it."""
+
+    code = "FS138"
+
+
 # --- FS2xx: the operator is not what it must be ---------------------------------------------------------------------
 
 
@@ -236,6 +260,18 @@ class ResumeMismatchError(FastsharpError, ValueError):
     """The log that a run should continue belongs to another run."""
 
     code = "FS321"
+
+
+class LoaderError(FastsharpError, RuntimeError):
+    """The loader failed while a batch was read; its own exception is the cause."""
+
+    code = "FS330"
+
+
+class LoaderTimeoutError(LoaderError):
+    """The workers of a loader gave no batch within its timeout."""
+
+    code = "FS331"
 
 
 # --- FS4xx: a run that ended early; all carry what was computed -----------------------------------------------------

@@ -1,7 +1,8 @@
 """Evaluate a model for second derivatives and leave no trace: every flag, mode, buffer and RNG state is put back.
 
 What is switched inside: gradients on, inference mode and autocast off, attention on the MATH kernel (the fused ones have
-no second derivative), TF32 and bf16 matmuls off, cuDNN RNNs off, BatchNorm and Dropout as the caller chose.
+no second derivative), TF32 and bf16 matmuls off, cuDNN RNNs off, BatchNorm and Dropout as the caller chose, activation checkpoints
+off: what they recompute in a backward pass would run in the modes of that moment, not in the chosen ones.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from fastsharp.errors import InputError, ModelModeError, listing
 
@@ -31,7 +35,7 @@ class Modes:
 
     bn       None: BatchNorm that would use batch statistics is refused; "eval": it uses its running statistics;
              "frozen-batch-stats": each batch is normalised by its own statistics, held constant (no derivative through them).
-    dropout  None: active Dropout is refused; "eval": switched off; "fixed-masks": one mask a batch, the same in every product.
+    dropout  None: active Dropout is refused; "eval": switched off, as a function too; "fixed-masks": one mask a batch, the same in every product.
     """
 
     def __init__(self, model: nn.Module, bn: str | None, dropout: str | None) -> None:
@@ -109,6 +113,7 @@ class Modes:
                     self._freeze(stack, m, self._stats[key].get(name) if key in self._stats else None, recorded.setdefault(name, []))
             if self.dropout == "eval" or not masks:
                 self._in_eval(stack, [m for _, m in self._dropouts()])
+                stack.enter_context(_NoDropout())
             elif self.dropout == "fixed-masks":
                 _seed(self.model, seed)  # the states of the generators are put back by `untouched`
             yield
@@ -160,6 +165,21 @@ class Modes:
         m.__dict__["forward"] = forward
 
 
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout called as a function, where the caller's own `training` decides: transformers' attention does so."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], kwargs | dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)) | {"dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def untouched(
     model: nn.Module, device: torch.device, *, by_value: bool = False, forward: bool = True, tf32: bool = False
@@ -178,6 +198,7 @@ def untouched(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         _set(stack, torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
         _set_precision(stack, model, device, tf32)
+        _without_checkpoints(stack)
         if "torch._dynamo" in sys.modules:  # compiled graphs have no second derivative
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         held = [
@@ -232,6 +253,33 @@ def _set(stack: ExitStack, get: Callable[[], Any], put: Callable[[Any], Any], va
     if old != value:
         stack.callback(put, old)
         put(value)
+
+
+def _without_checkpoints(stack: ExitStack) -> None:
+    """`torch.utils.checkpoint.checkpoint` calls its function and keeps what it saves, in both of its forms; no public switch does that."""
+    module: Any = torch.utils.checkpoint
+    for name, plain in _CHECKPOINTS.items():
+        if hasattr(module, name):  # the second one is of torch 2.14
+            _set(stack, partial(getattr, module, name), partial(setattr, module, name), plain)
+
+
+def _nothing_dropped(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _Called:
+    """In place of torch's CheckpointFunction."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+_CHECKPOINTS: dict[str, Any] = {
+    "_checkpoint_without_reentrant_generator": _nothing_dropped,
+    "_checkpoint_without_reentrant_generator_impl": _nothing_dropped,
+    "CheckpointFunction": _Called,
+}
 
 
 def _set_precision(stack: ExitStack, model: nn.Module, device: torch.device, tf32: bool) -> None:

@@ -133,7 +133,7 @@ class Loss:
         if isinstance(self.loss_fn, BatchLoss):
             return self.loss_fn.fn(self.model, batch), None, None
         args, kwargs, target = split(batch, keep_target=self.loss_fn is None)
-        output = _call(self.model, args, kwargs)
+        output = call_model(self.model, args, kwargs)
         return (*self._of_output(output, target, batch), output)
 
     def _of_output(self, output: Any, target: Any, batch: Any) -> tuple[Any, float | None]:
@@ -221,7 +221,7 @@ def split(batch: Any, *, keep_target: bool = False) -> tuple[tuple[Any, ...], di
     )
 
 
-def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """model(*args, **kwargs); a mapping's only tensor goes by position where forward has no argument of its name."""
     if kwargs and not args:
         accepted = inspect.signature(model.forward).parameters

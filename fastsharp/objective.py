@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastsharp.batches import Batches, Budget
-from fastsharp.errors import ArgumentTypeError, DisconnectedLossError, InputError, ModelModeError, StaleOperatorError, listing
+from fastsharp.batches import Batches, Budget, tensors_of
+from fastsharp.errors import (
+    ArgumentTypeError,
+    DeviceError,
+    DisconnectedLossError,
+    DtypeError,
+    FastsharpError,
+    InputError,
+    ModelModeError,
+    StaleOperatorError,
+    listing,
+)
+from fastsharp.graph_check import examine
 from fastsharp.guard import Modes, Watch, marks, same_values, untouched
 from fastsharp.locate import non_finite_loss
 from fastsharp.losses import Loss, Value
+from fastsharp.parallel import refuse_shares
 from fastsharp.params import Selection, Selector, again, select
+from fastsharp.widening import CastsSeen, Doubling
 
 _CHUNK = 1 << 20  # elements of a checksum taken at once
 _SMALL = 1 << 16  # elements below which the checksums of zlib are faster
 _ODD = 6_364_136_223_846_793_005  # any odd number with no pattern in its bits
+_OF_DEVICE, _OF_DTYPE = re.compile("device|[Mm]eta "), re.compile("dtype|[Ss]calar type|Float|Double|Half")  # torch's words for a misfit
 _DATA_SHARE = 2  # frozen data take at most 1/2 of the budget, kept graphs the rest
 
 
@@ -54,6 +69,7 @@ class Objective:
             raise ArgumentTypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module.")
         if loader is None:
             raise InputError("a model needs data: pass a DataLoader, a Dataset, a list of batches or one batch.")
+        refuse_shares(model)
         self.model = model
         self.selection: Selection = select(model, params)
         self.modes = Modes(model, bn, dropout)
@@ -65,8 +81,11 @@ class Objective:
         self.records = 0  # how often the weights were recorded: operators that share this objective compare it
         self.loss = Loss(model, loss_fn, reduction)
         self.uses_attention = False
+        self.kinks: tuple[str, ...] = ()  # operations of the first evaluation without a second derivative somewhere
+        self._widened = False
         self.record_weights()
         self._check_buffers()
+        self._widened = self.dtype == torch.float64 and self._runs_widened()
         self.loss.settle_reduction(self.batches.first(), self._once)
         self.batches.ordered = self.modes.by_batch() or not self.loss.additive
 
@@ -112,7 +131,9 @@ class Objective:
     @contextmanager
     def quiet(self, *, by_value: bool = False, forward: bool = True, tf32: bool = False) -> Iterator[None]:
         """Twice differentiable evaluation; everything of the caller's is restored on the way out. See `guard.untouched`."""
-        with untouched(self.model, self.device, by_value=by_value, forward=forward, tf32=tf32):
+        with untouched(self.model, self.device, by_value=by_value, forward=forward, tf32=tf32), ExitStack() as stack:
+            if self._widened:  # around backward passes too: checkpoints run the model again in them
+                stack.enter_context(Doubling())
             yield
 
     def notes(self) -> list[str]:
@@ -122,6 +143,8 @@ class Objective:
             notes.append("reduction 'sum': the matrix is that of the plain sum over examples, not of their mean")
         if self.loss.loss_fn is None:
             notes.append("loss: the model's own .loss, or cross-entropy")
+        if self._widened:
+            notes.append("casts to float32 inside the model or loss were left out: everything ran in float64")
         if self.batches.streamed:
             notes.append("the data exceed the memory budget and were read anew in every product")
         return notes
@@ -191,17 +214,63 @@ class Objective:
         # 32 bits, since torch's CPU generator ignores the others; not hash(): that of a str differs between processes
         return zlib.crc32(repr((self.seed, key)).encode())
 
+    def draw_seed(self, key: Any) -> int:
+        """Seed of the labels that are drawn for the batch called `key`."""
+        return self.mask_seed(("draw", key))
+
     def _once(self, batch: Any) -> Value:
         """One evaluation of the whole first batch, or of a part of it by the recorded statistics of the whole."""
         with self.quiet(), torch.no_grad():
             return self.evaluate_unchecked(0, batch, masks=False)  # the halves of a batch have no masks in common with it
 
+    @contextmanager
+    def _misfits_told(self) -> Iterator[None]:
+        """Around the first evaluation: what torch says of devices and dtypes, with the names of what does not fit."""
+        try:
+            yield
+        except RuntimeError as e:
+            if isinstance(e, FastsharpError):
+                raise
+            text = str(e)
+            for name, t in self._state():
+                if t.device != self.device and _OF_DEVICE.search(text):
+                    raise DeviceError(
+                        f"{name!r} is on {t.device}, the chosen parameters are on {self.device}: {type(self.model).__name__} cannot be evaluated.\n"
+                        "Load all its weights and move the whole model to one device."
+                    ) from e
+            held = [(repr(name), t) for name, t in self._state()] + [("the data", t) for t in tensors_of(self.batches.first())]
+            for name, t in held:
+                if (t.is_floating_point() or t.is_complex()) and t.dtype != self.dtype and _OF_DTYPE.search(text):
+                    advice = "the batches with .to" if name == "the data" else "it with .to"
+                    raise DtypeError(
+                        f"{name}: {t.dtype}, but the chosen parameters are {self.dtype}, and torch does not mix them here ({_first_line(e)}).\n"
+                        f"Convert {advice}({self.dtype}), or the whole model with model.float() or model.double()."
+                    ) from e
+            raise
+
+    def _runs_widened(self) -> bool:
+        """Whether this float64 model casts to float32 inside, and evaluates without those casts as well.
+
+        Left in, they would cut products of transformers to 1e-7: seen as asymmetry, or not at all. Casts to half precision are
+        meant as such and stay.
+        """
+        batch = self.batches.first()
+        with self.quiet(), torch.no_grad(), CastsSeen() as casts:
+            self.evaluate_unchecked(0, batch)
+        if casts.found != {torch.float32}:
+            return False
+        with suppress(Exception), self.quiet(), torch.no_grad(), Doubling():  # code that insists on float32 keeps it
+            return self.evaluate_unchecked(0, batch).loss.dtype == torch.float64
+        return False
+
     def _check_buffers(self) -> None:
         """The forward pass must leave buffers alone, or each product would see another function."""
         before = marks(self.model.named_buffers())
-        with self.quiet(by_value=True), torch.no_grad(), _AttentionSeen() as seen:
+        with self.quiet(by_value=True), _AttentionSeen() as seen:
             held = {name: b.detach().clone() for name, b in self.model.named_buffers()}
-            self.evaluate_unchecked(0, self.batches.first())
+            with self._misfits_told():
+                loss = self.evaluate_unchecked(0, self.batches.first()).loss
+            self.kinks = examine(self.model, loss, self.selection.params)
             after = dict(self.model.named_buffers())
             changed = [
                 name for name, mark in marks(after.items()).items() if mark != before.get(name) or not same_values(after[name], held[name])
@@ -231,6 +300,10 @@ def weights_hash(params: Iterable[torch.Tensor]) -> str:
     for p in params:
         digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _first_line(e: BaseException) -> str:
+    return str(e).strip().split("\n")[0][:160]
 
 
 def stale(changed: list[str]) -> StaleOperatorError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -110,6 +111,32 @@ class SymmetricOperator(ABC):
             return self.apply(M.contiguous().unsqueeze(0)).squeeze(0)
         return self.apply(M.T.contiguous()).T
 
+    # A + B, A - B, c A, A / c and -A: see `fastsharp.composite`. numpy's numbers leave c * A to A.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Any) -> SymmetricOperator:
+        return _combined((1.0, self), (1.0, other))
+
+    def __radd__(self, other: Any) -> SymmetricOperator:
+        return self if isinstance(other, int) and other == 0 else _combined((1.0, other), (1.0, self))  # sum() begins with 0
+
+    def __sub__(self, other: Any) -> SymmetricOperator:
+        return _combined((1.0, self), (-1.0, other))
+
+    def __rsub__(self, other: Any) -> SymmetricOperator:
+        return _combined((1.0, other), (-1.0, self))
+
+    def __mul__(self, factor: Any) -> SymmetricOperator:
+        return _combined((factor, self))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: Any) -> SymmetricOperator:
+        return _combined((1.0 / _divisor(factor), self))
+
+    def __neg__(self) -> SymmetricOperator:
+        return _combined((-1.0, self))
+
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """The same matrix as a scipy LinearOperator on host arrays of this dtype; products run on `device`."""
         import numpy as np
@@ -192,6 +219,10 @@ class DenseOperator(SymmetricOperator):
     """A symmetric matrix given in full, (n, n); a matrix that is not symmetric to 16 n eps is refused."""
 
     def __init__(self, A: torch.Tensor) -> None:
+        if A.layout != torch.strided:
+            raise ArgumentTypeError(
+                f"DenseOperator: the matrix is stored as {A.layout}. Pass A.to_dense(), or (lambda v: A @ v, n, dtype) for its products."
+            )
         if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
             raise ShapeError(f"DenseOperator: the matrix has shape {tuple(A.shape)}, expected (n, n) with n >= 1.")
         super().__init__(A.shape[0], A.dtype, A.device)
@@ -261,7 +292,10 @@ class CallableOperator(SymmetricOperator):
 
     def _apply(self, V: torch.Tensor, out: torch.Tensor) -> None:
         for v, o in zip(V, out, strict=True):
+            written = None if v.is_inference() else v._version
             y = self._matvec(v)
+            if written is not None and v._version != written:
+                raise InputError("CallableOperator: the callable writes to its argument, a vector of the solver. Let it work on a clone.")
             self._check(y, "the result of the callable")
             if y.shape != v.shape:
                 raise ShapeError(f"CallableOperator: the callable returned shape {tuple(y.shape)}, expected ({self.n},).")
@@ -309,6 +343,18 @@ class CountingOperator(SymmetricOperator):
         self._inner.apply(V, out)
 
 
+def _combined(*terms: tuple[Any, Any]) -> SymmetricOperator:
+    from fastsharp.composite import combined  # it is made of these classes
+
+    return combined(*terms)
+
+
+def _divisor(c: Any) -> float:
+    if isinstance(c, bool) or not isinstance(c, Real) or c == 0:
+        raise InputError(f"an operator divided by {c!r}: expected a number that is not zero.")
+    return float(c)
+
+
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the address ranges of two tensors with contiguous rows meet."""
     (a0, a1), (b0, b1) = _addresses(a), _addresses(b)
@@ -323,29 +369,22 @@ def _addresses(t: torch.Tensor) -> tuple[int, int]:
 
 
 def as_operator(A: Any) -> SymmetricOperator:
-    """A as an operator: a SymmetricOperator itself, a square tensor, a scipy LinearOperator, or `(callable, n)`."""
+    """A as an operator: a SymmetricOperator itself, a square tensor or array, a scipy LinearOperator or sparse matrix, `(callable, n)`.
+
+    A tuple goes on with dtype and device: `(callable, n, torch.float64, "cuda")`; the callable gets vectors of these.
+    """
     if isinstance(A, SymmetricOperator):
         return A
     if isinstance(A, torch.Tensor):
         return DenseOperator(A)
-    if isinstance(A, tuple) and len(A) in (2, 3) and callable(A[0]):
+    if isinstance(A, tuple) and len(A) in (2, 3, 4) and callable(A[0]):
         return CallableOperator(*A)
-    if hasattr(A, "matvec") and hasattr(A, "shape"):
-        return _from_scipy(A)
+    if hasattr(A, "shape") and (hasattr(A, "matvec") or hasattr(A, "tocsr") or type(A).__module__ == "numpy"):
+        from fastsharp.linear_map import from_numpy  # numpy's and scipy's world is entered on demand
+
+        return from_numpy(A)
+    more = "\nA function alone does not say its dimension: pass (function, n)." if callable(A) else ""
     raise ArgumentTypeError(
-        f"cannot make a symmetric operator of a {type(A).__name__}.\n"
+        f"cannot make a symmetric operator of a {type(A).__name__}.{more}\n"
         "Pass a SymmetricOperator, a square tensor, a scipy LinearOperator, (callable, n) or (callable, n, dtype)."
     )
-
-
-def _from_scipy(A: Any) -> SymmetricOperator:
-    import numpy as np
-
-    if len(A.shape) != 2 or A.shape[0] != A.shape[1]:
-        raise ShapeError(f"LinearOperator: shape is {A.shape}, expected (n, n).")
-    dtype = torch.float32 if A.dtype == np.float32 else torch.float64
-
-    def matvec(v: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(A.matvec(v.numpy())).reshape(-1), dtype=dtype)
-
-    return CallableOperator(matvec, int(A.shape[0]), dtype)

@@ -9,7 +9,18 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from fastsharp.errors import ArgumentTypeError, DeviceError, DtypeError, NoParametersError, ParamError, listing
+from fastsharp.errors import (
+    ArgumentTypeError,
+    DeviceError,
+    DtypeError,
+    InferenceTensorError,
+    NonFiniteError,
+    NoParametersError,
+    ParamError,
+    PrecisionError,
+    listing,
+)
+from fastsharp.graph_check import quantised
 
 Selector = str | Iterable[str] | Callable[[str, torch.Tensor], bool] | None
 
@@ -89,8 +100,13 @@ def select(model: nn.Module, params: Selector = None) -> Selection:
     Raises ParamError, NoParametersError, DtypeError, DeviceError, each with the parameter's name.
     """
     names, aliases = _unique(model)
-    if not names:
-        raise NoParametersError(f"{type(model).__name__} has no parameters at all. Pass a model with at least one trainable parameter.")
+    if not any(p.is_floating_point() or p.is_complex() for p in names.values()):
+        kind = "floating parameters" if names or quantised(model) else "parameters at all"
+        advice = (
+            "Measure the float model before its conversion." if quantised(model) else "Pass a model with at least one trainable parameter."
+        )
+        raise NoParametersError(f"{type(model).__name__} has no {kind}. {advice}")
+    _check_present(names)
     wanted = _wanted(names, aliases, params)
     frozen = tuple(name for name in wanted if not names[name].requires_grad)
     chosen = [name for name in wanted if names[name].requires_grad]
@@ -103,6 +119,7 @@ def select(model: nn.Module, params: Selector = None) -> Selection:
     for name, p in zip(chosen, tensors, strict=True):
         _check_one(name, p)
     _check_together(chosen, tensors)
+    _check_finite(chosen, tensors)
     tied = tuple((alias, name) for alias, name in aliases.items() if alias != name and name in set(chosen))
     return Selection(tuple(chosen), tuple(tensors), ParamLayout.of(chosen, tensors), frozen, tied)
 
@@ -136,6 +153,9 @@ def _wanted(names: dict[str, torch.Tensor], aliases: dict[str, str], params: Sel
     if callable(params):
         return _nonempty([name for name, p in names.items() if params(name, p)], "the callable params= chose no parameter", names)
     patterns = [params] if isinstance(params, str) else list(params)
+    twice = [pattern for i, pattern in enumerate(patterns) if isinstance(pattern, str) and pattern in patterns[:i]]
+    if twice:
+        raise ParamError(f"params: {twice[0]!r} is listed twice. List each name or glob once; globs may overlap.")
     hits: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -157,21 +177,27 @@ def _nonempty(matched: list[str], complaint: str, names: dict[str, torch.Tensor]
     return matched
 
 
+def _check_present(names: dict[str, torch.Tensor]) -> None:
+    """Frozen parameters take part in the forward pass, so that theirs have to be there as well."""
+    away = [name for name, p in names.items() if p.is_meta]
+    if away:
+        raise DeviceError(
+            f"on the meta device, without values: {listing([repr(name) for name in away], 4)}.\n"
+            "Load the weights first; what accelerate has offloaded comes back with accelerate.hooks.remove_hook_from_submodules(model)."
+        )
+
+
 def _check_one(name: str, p: torch.Tensor) -> None:
     if isinstance(p, nn.parameter.UninitializedParameter):
         raise ParamError(f"parameter {name!r} has no shape yet (a lazy module). Run one forward pass first.")
-    if p.is_meta:
-        raise DeviceError(f"parameter {name!r} is on the meta device, without values. Load the weights first.")
     if p.is_inference():
-        raise ParamError(f"parameter {name!r} was created under inference_mode. Rebuild the model outside of it, or clone its parameters.")
+        raise InferenceTensorError(
+            f"parameter {name!r} was created under inference_mode. Rebuild the model outside of it, or clone its parameters."
+        )
     if p.is_complex():
         raise DtypeError(f"parameter {name!r} is {p.dtype}; a real symmetric Hessian needs real parameters. Use torch.view_as_real.")
     if p.dtype not in (torch.float32, torch.float64):
-        raise DtypeError(f"parameter {name!r} is {p.dtype}; second derivatives need float32 or float64. Convert with model.float().")
-    if not bool(torch.isfinite(p.detach()).all()):
-        from fastsharp.errors import NonFiniteError
-
-        raise NonFiniteError(f"parameter {name!r} holds NaN or Inf. Load a checkpoint from before the divergence.")
+        raise PrecisionError(f"parameter {name!r} is {p.dtype}; second derivatives need float32 or float64. Convert with model.float().")
 
 
 def _check_together(names: Sequence[str], params: Sequence[torch.Tensor]) -> None:
@@ -185,3 +211,9 @@ def _check_together(names: Sequence[str], params: Sequence[torch.Tensor]) -> Non
             raise DeviceError(
                 f"parameters {names[0]!r} ({first.device}) and {name!r} ({p.device}) are on different devices. Move the model to one device."
             )
+
+
+def _check_finite(names: Sequence[str], params: Sequence[torch.Tensor]) -> None:
+    for name, p in zip(names, params, strict=True):
+        if not bool(torch.isfinite(p.detach()).all()):
+            raise NonFiniteError(f"parameter {name!r} holds NaN or Inf. Load a checkpoint from before the divergence.")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fastsharp.results import Density, Eigenpairs, Landscape2D
+    from fastsharp.results import Density, Eigenpairs, Landscape2D, LayerSpectra
     from fastsharp.training import Record
 
 _GOOD, _BAD, _INK, _SOFT, _FAINT = "#1f5fa8", "#c8421a", "#333333", "#666666", "#8a8a8a"
@@ -176,6 +176,67 @@ def plot_history(records: Sequence[Record], path: str | Path | None = None) -> F
     ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     ax.legend(frameon=False, fontsize=9)
     ax.set_title("Sharpness through training", fontsize=13, loc="left")
+    if path is not None:
+        fig.savefig(path, format="png")
+    return fig
+
+
+def plot_layers(result: LayerSpectra, path: str | Path | None = None) -> Figure:
+    """Leading eigenvalues, traces and coupling by layer, on logarithmic axes; written as PNG if a path is given.
+
+    Dark bars are the top eigenvalues, ticks the others of the list where they are positive; hollow diamonds mark layers whose pairs did not all
+    converge. The third panel is there where the coupling was measured: the norm of each block beside that of the rest of its rows.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    coupled = result.coupling is not None
+    panels, n = 2 + coupled, len(result)
+    fig = Figure(figsize=(max(7.0, 1.6 + 0.36 * n), 2.6 * panels), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(panels, 1, sharex=True)
+    index = list(range(n))
+    tops = [float(layer.eigenvalues[0]) for layer in result]
+    axes[0].bar(index, [max(v, 0.0) for v in tops], width=0.62, color=_GOOD, label="largest")
+    others = [(i, v) for i, layer in enumerate(result) for v in layer.eigenvalues[1:].tolist() if v > 0.0]
+    if others:
+        axes[0].plot(*zip(*others, strict=True), linestyle="none", marker="_", markersize=9, color=_INK, label="further ones")
+    missed = [(i, v) for i, (v, layer) in enumerate(zip(tops, result, strict=True)) if not bool(layer.converged.all()) and v > 0.0]
+    if missed:
+        style: dict[str, Any] = {"marker": "D", "color": _BAD, "markerfacecolor": "white", "label": "not converged"}
+        axes[0].plot(*zip(*missed, strict=True), linestyle="none", zorder=4, **style)
+    axes[0].set_ylabel("eigenvalue")
+    traces = [layer.trace for layer in result]
+    axes[1].bar(index, [max(t.value, 0.0) for t in traces], width=0.62, color=_SOFT)
+    spread = [(i, t.value, t.stderr) for i, t in enumerate(traces) if t.stderr > 0.0 and t.value > 0.0]
+    if spread:
+        at, centres, widths = zip(*spread, strict=True)
+        axes[1].errorbar(at, centres, yerr=widths, fmt="none", ecolor=_INK, elinewidth=1.5)
+    axes[1].set_ylabel("trace")
+    if coupled:
+        for shift, label, color in ((-0.19, "block", _GOOD), (0.19, "rest of its rows", _BAD)):
+            pairs = [(layer.norm if label == "block" else layer.coupling) or (0.0, 0.0) for layer in result]
+            heights, errors = [v for v, _ in pairs], [e for _, e in pairs]
+            axes[2].bar([i + shift for i in index], heights, yerr=errors, width=0.38, color=color, ecolor=_INK, label=label)
+        axes[2].set_ylabel("Frobenius norm")
+    for ax in axes:
+        if any(p.get_height() > 0.0 for p in ax.patches):
+            ax.set_yscale("log")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 0.98))
+    axes[-1].set_xticks(index, [layer.name for layer in result], rotation=60, ha="right")
+    axes[-1].set_xlim(-0.7, n - 0.3)
+    matrix = "Gauss-Newton matrix" if result.settings.get("operator") == "ggn" else "loss Hessian"
+    axes[0].set_title(f"Layers of the {matrix}", fontsize=13, loc="left", pad=24)
+    line = f"{n} layers, {sum(layer.n for layer in result):,} parameters"
+    if result.coupling is not None:
+        share, error = result.coupling.share
+        line += rf" · {share:.1%} $\pm$ {error:.1%} of $\Vert H\Vert_F^2$ between layers"
+    axes[0].annotate(line, (0, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", fontsize=9, color=_SOFT)
     if path is not None:
         fig.savefig(path, format="png")
     return fig

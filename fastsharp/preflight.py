@@ -11,8 +11,10 @@ Note on numerical properties. The gates were set between healthy networks and pl
              A failure is looked into with smaller steps on fewer samples: see `fastsharp.difference`.
   rounding   ||Hv - Hv in float64|| / ||Hv||: healthy 1e-6 in float32, 4e-3 at a loss of 1e-5. Above 1e-4 the result says so
   engine      products of a backend other than autograd against autograd's: see `fastsharp.engine_check`
-  curvature   Gauss-Newton only: v'Gv of three probes, a note where it is negative. The matrix is no derivative of the gradient, so
-              that the finite difference does not apply; its rounding is measured all the same
+  curvature   Gauss-Newton and Fisher matrices: v'Gv of three probes, a note where it is negative. The matrix is no derivative of the
+              gradient, so that the finite difference does not apply; its rounding is measured all the same
+  reference   Fisher matrices, covariance, residual: against their definition, see `fastsharp.score_check`. The residual's finite difference
+              is that of the Hessian which it is a part of
 All checks run on the first batch (the finite difference on at most 32 samples of it): H is a weighted sum over batches.
 """
 
@@ -39,6 +41,7 @@ from fastsharp.errors import (
     stacklevel,
 )
 from fastsharp.guard import random_states
+from fastsharp.score_check import check_scores
 
 LEVELS = ("full", "fast", "off")
 REPEAT_GATE = 64.0  # eps, where the device is not bitwise repeatable
@@ -70,7 +73,8 @@ def preflight(operator: FiniteSum, level: str = "fast", *, strict_data: bool = F
                 measured = _check_products(operator, index, batch, generator)
                 double = _double(operator, index, batch)
                 measured |= check_engine(operator, index, batch, None if isinstance(double, str) else double, generator)
-                if operator.kind == "hessian":
+                measured |= check_scores(operator, double, generator)
+                if not operator.form.gauss:
                     measured |= _check_difference(operator, double, generator, measured["symmetry"], probes=4 if level == "full" else 1)
                 else:
                     measured |= _check_gauss_newton(operator, double, generator)
@@ -87,6 +91,8 @@ def preflight(operator: FiniteSum, level: str = "fast", *, strict_data: bool = F
 def outcome_notes(outcome: dict[str, Any]) -> tuple[str, ...]:
     """What a result must say of the outcome."""
     notes = []
+    if isinstance(other := outcome.get("reference"), str):
+        notes.append(f"comparison with the matrix's definition {other}")
     if isinstance(unmeasured := outcome.get("finite_difference"), str):
         notes.append(f"finite-difference check {unmeasured}")
     if isinstance(compared := outcome.get("engine"), str):

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from fastsharp.batches import Batches, Budget, count_of, head, tensors_of, tree_map
 from fastsharp.errors import BatchFormatError, InputError
 from fastsharp.guard import rng_restored
+from fastsharp.reading import sample_read
 
 _BATCH = 256
 
@@ -55,7 +56,8 @@ class Samples:
         with rng_restored(self._device), torch.inference_mode(False):
             for i in indices:
                 if i not in self._items:
-                    self._items[i] = self._dataset[i]
+                    with sample_read(i):
+                        self._items[i] = self._dataset[i]
             return [self._collate([self._items[i] for i in indices[a : a + self._size]]) for a in range(0, len(indices), self._size)]
 
     def _cut(self, indices: torch.Tensor) -> list[Any]:

@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from fastsharp import rng
-from fastsharp.api.subject import checked, first_steps, kind_of
+from fastsharp.api.subject import Operator, checked, first_steps, kind_of, sums_in
 from fastsharp.callbacks import LightningCallback as LightningCallback
 from fastsharp.callbacks import PlainCallback as PlainCallback
 from fastsharp.callbacks import TrainerCallback as TrainerCallback
+from fastsharp.composite import Composite
 from fastsharp.curvature import FiniteSum
 from fastsharp.curvature.backends import check_backend
 from fastsharp.errors import ArgumentTypeError, InputError
 from fastsharp.krylov.request import check_arguments
 from fastsharp.krylov.tracking import Carried, follow
+from fastsharp.operator import SymmetricOperator
 from fastsharp.params import Selector
 from fastsharp.preflight import LEVELS
 from fastsharp.results import Eigenpairs
@@ -87,7 +89,7 @@ class Tracker:
         reduction: str = "auto",
         bn: str | None = None,
         dropout: str | None = None,
-        operator: str = "hessian",
+        operator: Operator = "hessian",
         backend: str = "auto",
         memory: str | int = "auto",
         preflight: str = "fast",
@@ -106,11 +108,13 @@ class Tracker:
         self.every, self.newcomers_every, self.lr = every, newcomers_every, lr
         kind = kind_of(operator)
         options: dict[str, Any] = {"bn": bn, "dropout": dropout, "backend": check_backend(backend), "memory": memory, "seed": seed}
-        self._build: Callable[[], FiniteSum] = lambda: kind(model, loader, loss_fn, params=params, reduction=reduction, **options)
+        self._build: Callable[[], FiniteSum | Composite] = lambda: _followed(
+            kind(model, loader, loss_fn, params=params, reduction=reduction, **options)
+        )
         self._level, self._seed = preflight, seed
         self._generator = rng.generator(seed)
-        self._matrix: FiniteSum | None = None
-        self._checked: dict[str, Any] | None = None
+        self._matrix: FiniteSum | Composite | None = None
+        self._checked: list[dict[str, Any]] | None = None  # of the parts that a preflight looked at
         self._carried: Carried | None = None
         self._records: list[Record] = []
 
@@ -134,8 +138,9 @@ class Tracker:
         try:
             if self._checked is None:
                 checked(matrix, preflight=self._level, seed=self._seed)
-                self._checked = matrix.preflight
-            matrix.preflight = self._checked
+                self._checked = [part.preflight for part in sums_in(matrix)]
+            for part, outcome in zip(sums_in(matrix), self._checked, strict=True):
+                part.preflight = outcome
             request = check_arguments(matrix.n, **self._solver)
             matrix.check_unchanged()
             with torch.inference_mode(False), torch.no_grad():
@@ -168,6 +173,16 @@ class Tracker:
         if not self._records:
             raise InputError("plot: the tracker has no record yet. Call update() first.")
         return plot_history(self.history, path)
+
+
+def _followed(matrix: SymmetricOperator) -> FiniteSum | Composite:
+    """The matrix itself, if it can take the weights of later steps."""
+    if isinstance(matrix, (FiniteSum, Composite)) and sums_in(matrix):
+        return matrix
+    raise InputError(
+        f"Tracker: operator= built a {type(matrix).__name__}, which does not follow the weights of the model.\n"
+        "Let it build an operator of the model, or one made of such."
+    )
 
 
 def _at_least_one(name: str, value: Any) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.rows import row as row
+
 if not torch.cuda.is_available():
     # Triton chooses between its compiler and its interpreter as it is first imported, and this file comes before every test.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -10,29 +10,38 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastsharp"
-BELOW_OBJECTIVE = {"errors", "batches", "guard", "locate", "losses", "params"}
+BELOW_OBJECTIVE = {"errors", "batches", "graph_check", "guard", "locate", "losses", "parallel", "params", "reading", "widening"}
 ALLOWED = {
     "errors": {"results"},  # for types
     "rng": set(),
+    "quantiles": set(),
     "ops": {"errors"},
-    "operator": {"errors"},
+    "operator": {"errors", "composite", "linear_map"},  # sums and wrapped maps, when they are asked for
+    "composite": {"errors", "operator"},
+    "linear_map": {"errors", "operator"},
     "store": {"errors"},
     "recorded": {"errors", "operator", "store"},
-    "params": {"errors"},
+    "params": {"errors", "graph_check"},
+    "widening": set(),
     "guard": {"errors"},
-    "batches": {"errors", "guard"},
-    "samples": {"errors", "batches", "guard"},
+    "graph_check": {"errors"},
+    "parallel": {"errors"},
+    "reading": {"errors"},
+    "batches": {"errors", "guard", "reading"},
+    "samples": {"errors", "batches", "guard", "reading"},
     "losses": {"errors", "batches"},
     "locate": {"errors", "batches"},
     "objective": BELOW_OBJECTIVE,
-    "curvature": BELOW_OBJECTIVE | {"operator", "objective", "ops"},
-    "results": {"errors", "plots", "params", "report"},
-    "krylov": {"errors", "operator", "ops", "rng", "results"},
-    "difference": BELOW_OBJECTIVE | {"objective", "curvature", "swap"},
-    "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
-    "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference", "engine_check"},
+    "curvature": BELOW_OBJECTIVE | {"operator", "composite", "objective", "ops", "quantiles", "results"},
+    "results": {"errors", "plots", "params", "report", "_report"},
+    "krylov": {"errors", "operator", "ops", "quantiles", "rng", "results"},
     "swap": set(),
-    "measures": BELOW_OBJECTIVE | {"objective", "operator", "krylov", "results", "rng", "swap"},
+    "doubling": {"losses"},
+    "difference": BELOW_OBJECTIVE | {"objective", "curvature", "doubling", "swap"},
+    "engine_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
+    "score_check": BELOW_OBJECTIVE | {"objective", "curvature", "difference"},
+    "preflight": BELOW_OBJECTIVE | {"objective", "curvature", "difference", "engine_check", "score_check"},
+    "measures": BELOW_OBJECTIVE | {"objective", "operator", "krylov", "quantiles", "results", "rng", "swap"},
     "data": {"errors"},
     "models": {"errors"},
 }

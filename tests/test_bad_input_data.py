@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import fastsharp
 from fastsharp.errors import (
     BatchFormatError,
+    DtypeError,
     EmptyLoaderError,
     LabelError,
     LabelShapeError,
@@ -29,7 +30,7 @@ from tests.curvature.checks import spectrum
 from tests.oracles.dense import dense_hessian, eigenvalues
 from tests.unchanged import refuses, unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "row")
 LOSS = nn.CrossEntropyLoss()
 
 
@@ -231,7 +232,10 @@ def test_A15_target_that_would_be_broadcast():
         fastsharp.lanczos(model, [batch], nn.MSELoss(), k=2)
 
 
-def test_A16_dict_without_a_target():
+def test_A16_dict_batches():
+    n = net("hf_style")
+    result = fastsharp.lanczos(n.model, n.batches, n.loss_fn, k=3, method="lanczos", tol=1e-9)
+    assert float((result.eigenvalues - spectrum("hf_style")[:3]).abs().max()) <= 1e-10
     model = mlp()
     with refuses(BatchFormatError, "'x', 'extra'", "batch_loss", model=model):
         fastsharp.lanczos(model, [{"x": whole()[0], "extra": whole()[0]}], LOSS, k=2)
@@ -252,5 +256,23 @@ def test_A17_batches_of_three_tensors():
 
 
 def test_A18_float32_data_for_a_float64_model():
-    with unchanged(mlp()), pytest.raises(RuntimeError, match="dtype"):
-        fastsharp.lanczos(mlp(torch.float64), [whole()], LOSS, k=2)
+    model = mlp(torch.float64)
+    with refuses(DtypeError, "the data", "float32", "float64", "model.float()", model=model):
+        fastsharp.lanczos(model, [whole()], LOSS, k=2)
+    model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3).double().requires_grad_(False))
+    with refuses(DtypeError, "'1.weight'", "float32", "float64", model=model):
+        fastsharp.lanczos(model, [whole()], LOSS, k=2)
+
+
+def test_A18_another_error_of_the_model_stays_what_it_is():
+    class Refusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+            self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no picture today")
+
+    with pytest.raises(RuntimeError, match=r"^no picture today$"):
+        fastsharp.lanczos(Refusing(), [whole()], LOSS, k=1)

@@ -23,7 +23,7 @@ from tests.cases import Net, net
 from tests.curvature.checks import spectrum
 from tests.unchanged import refuses, unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "row")
 
 
 @pytest.fixture
@@ -116,6 +116,12 @@ def test_C6_scaled_loss(factor, dtype):
 def test_C7_negative_spectrum(n):
     result = run(n, lambda o, t: -F.cross_entropy(o, t), reduction="mean", which="SA")
     assert float((result.eigenvalues.flip(0) + spectrum("mlp_tanh")[:5]).abs().max()) <= 1e-10
+    traces = [
+        fastsharp.trace(n.model, n.batches, lambda o, t, sign=sign: sign * F.cross_entropy(o, t), reduction="mean", rtol=0.1)
+        for sign in (1.0, -1.0)
+    ]
+    assert float(traces[0]) == -float(traces[1]) and traces[0].n_matvec == traces[1].n_matvec
+    assert float(spectrum("mlp_tanh").sum()) == pytest.approx(float(traces[0]), rel=0.2)
 
 
 def test_loss_of_a_wrong_type(n):

@@ -12,7 +12,7 @@ from tests.cases import Net, net
 from tests.curvature.checks import exact, spectrum
 from tests.unchanged import refuses, unchanged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "row")
 
 
 @pytest.fixture
@@ -76,6 +76,7 @@ def test_D6_invariant_subspace():
     want = torch.cat([values, torch.zeros(4)])
     assert float((result.eigenvalues - want).abs().max()) <= 1e-5 * float(want[0])
     assert bool(result.converged.all())
+    assert any("restarted with a random vector" in note for note in result.notes)
 
 
 def test_D7_operator_that_is_not_symmetric():

@@ -19,6 +19,7 @@ from fastsharp.errors import (
     ArgumentTypeError,
     BatchFormatError,
     InputError,
+    LoaderError,
     LoaderExhaustedError,
     NondeterministicOperatorError,
     UnstableDataWarning,
@@ -181,7 +182,7 @@ def test_reading_in_workers_gives_the_same_matrix():
     assert close(A)
 
 
-def test_an_exception_in_the_loader_comes_through_as_it_is():
+def test_an_exception_in_the_loader_is_the_cause_of_one_that_says_where():
     class Breaking(Rows):
         def __getitem__(self, i: int) -> Any:
             if i == 7:
@@ -190,8 +191,9 @@ def test_an_exception_in_the_loader_comes_through_as_it_is():
             return super().__getitem__(i)
 
     n = net("mlp_tanh")
-    with unchanged(n.model), pytest.raises(OSError, match="sample 7"):
+    with unchanged(n.model), pytest.raises(LoaderError, match=r"batch 1 of pass 1 .* OSError: sample 7 is unreadable") as caught:
         fastsharp.lanczos(n.model, DataLoader(Breaking(*n.whole), batch_size=4), n.loss_fn)
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_a_pass_that_is_broken_off_restores_the_random_states():

@@ -154,8 +154,8 @@ def test_the_gauss_newton_matrix_and_its_refusal():
     with unchanged(model, x, y):
         explanation = fastsharp.explain(model, (x, y), nn.CrossEntropyLoss(), operator="ggn")
     assert explanation.backend == "mlp" and explanation.calls
-    with pytest.raises(InputError, match="operator='fisher' is none of 'hessian', 'ggn'"):
-        fastsharp.explain(model, (x, y), nn.CrossEntropyLoss(), operator="fisher")
+    with pytest.raises(InputError, match="operator='fischer' is none of 'hessian', 'ggn'"):
+        fastsharp.explain(model, (x, y), nn.CrossEntropyLoss(), operator="fischer")
 
     def penalised(z: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(z, target) + model[0].weight.square().sum()

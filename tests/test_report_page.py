@@ -74,7 +74,7 @@ def test_the_page_holds_every_measure_and_every_figure_and_needs_nothing_else(re
     parsed = Page(text)
     assert all(name in parsed.text for name in report.measures)
     pictures = [image["src"] or "" for image in parsed.of("img")]
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     for source in pictures:
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -93,9 +93,9 @@ def pixels(png: bytes) -> Any:
 
 def test_figures_are_written_into_a_folder(report: Report, tmp_path: Path) -> None:
     written = report.plot(tmp_path / "new" / "plots")
-    assert {p.name for p in written} == {"eigenvalues.png", "density.png", "lines.png", "plane.png"}
+    assert {p.name for p in written} == {"eigenvalues.png", "density.png", "layers.png", "lines.png", "plane.png"}
     assert all(min(pixels(p.read_bytes()).shape[:2]) > 200 for p in written)
-    without = dataclasses.replace(report, landscape=None)
+    without = dataclasses.replace(report, layers=None, landscape=None)
     assert len(without.plot(tmp_path / "two")) == 2 and len(Page(page(without)).of("img")) == 2
 
 
@@ -110,7 +110,7 @@ def test_names_and_notes_cannot_become_markup(report: Report) -> None:
         provenance={**report.provenance, "model": HOSTILE, "device": HOSTILE},
     )
     parsed = Page(page(hostile))
-    assert not parsed.of("script") and len(parsed.of("img")) == 4
+    assert not parsed.of("script") and len(parsed.of("img")) == 5
     assert parsed.text.count(HOSTILE) >= 7
     from rich.console import Console
 
@@ -145,7 +145,7 @@ def test_the_table_fits_a_terminal(report: Report, skipping: Report, width: int)
 
 def test_every_measure_has_a_meaning_and_every_part_a_heading() -> None:
     assert {name for part in NAMES.values() for name in part} <= set(MEANINGS)
-    assert set(NAMES) - {"landscape"} == set(GROUPS)
+    assert {part for part in NAMES if NAMES[part]} == set(GROUPS)
 
 
 @pytest.mark.parametrize(

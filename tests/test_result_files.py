@@ -24,11 +24,16 @@ from fastsharp.params import ParamLayout
 from fastsharp.results import (
     Bracket,
     Calls,
+    Coupling,
     Density,
+    DiagonalEstimate,
     Eigenpairs,
     Estimate,
     Explanation,
+    GGNSpectrum,
     Landscape2D,
+    LayerSpectra,
+    LayerSpectrum,
     Report,
     Result,
     Sharpness,
@@ -81,6 +86,7 @@ REPORT = Report(
     groups={"trace": "curvature", "sam": "perturbation", "margin": "function"},
     skipped={"input_jacobian": 'no <float> "inputs"'},
     spectrum=SPECTRUM,
+    layers=None,
     landscape=LANDSCAPE,
     cost={"products": 7.0, "seconds.curvature": math.inf},
     notes=("<script>alert(1)</script>",),
@@ -99,6 +105,20 @@ RESULTS: dict[str, Result] = {
     "bracket": Bracket(1.0, 2.0, 1.5, 0.95, 10, 100, 5, ((10, 1.0, 2.0), (20, -math.inf, 1.75)), True),
     "explanation": Explanation("rop", {"mlp": "a convolution"}, (Calls("aten::gelu", 3, "rule", ("a", "")),), "", {"mlp": "wide"}),
 }
+LAYOUT = ParamLayout(("0.weight",), ((2,),), (0, 2))
+LAYER = LayerSpectrum(
+    "0", "Linear", ("0.weight",), 2, f64(2.0, -1.0), f64(0.0, 1e-9), f64(0.0, 1e-9), torch.tensor([True, True]), ESTIMATE, 5, "dense"
+)
+RESULTS |= {
+    "ggn_spectrum": GGNSpectrum(f64(3.0, 0.5), torch.eye(2), 2, 6, 3.5, math.hypot(3.0, 0.5), 1e-16, layout=LAYOUT),
+    "diagonal_estimate": DiagonalEstimate(f64(1.0, -0.0), f64(0.5, math.inf), (-1.96, 1.96), 0.95, 8, 16, layout=LAYOUT),
+    "layer_spectra": LayerSpectra(
+        (LAYER, dataclasses.replace(LAYER, norm=(2.2, 0.1), coupling=(0.0, math.nan), eigenvectors=torch.eye(2), layout=LAYOUT)),
+        Coupling((0.5, 0.1), (2.2, 0.1), (0.05, 0.01), 8, f64(1.0, 2.0)[None], None),
+        8,
+    ),
+}
+NESTED = {Calls, Coupling, LayerSpectrum}  # parts of results
 
 
 def same(a: Any, b: Any) -> bool:
@@ -130,8 +150,7 @@ def test_the_comparison_sees_a_difference() -> None:
 
 def test_every_result_is_a_case_here() -> None:
     """A new class of results is a Result, so that it can be saved, and has its sample and golden files."""
-    classes = {c for c in vars(results).values() if isinstance(c, type) and dataclasses.is_dataclass(c)} - {Calls}
-    classes.add(SampleEstimate)  # of fastsharp.measures
+    classes = {c for c in vars(results).values() if isinstance(c, type) and dataclasses.is_dataclass(c)} - NESTED | {SampleEstimate}
     assert {type(r) for r in RESULTS.values()} == classes
     for cls in classes:
         assert issubclass(cls, Result)

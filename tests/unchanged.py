@@ -12,6 +12,7 @@ import numpy as np
 import sympy  # noqa: F401  (torch imports it on first use, and it adds a warnings filter of its own)
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -49,7 +50,9 @@ def snapshot(model: nn.Module | None, data: tuple[torch.Tensor, ...] = ()) -> di
 
 
 def _tensor(t: torch.Tensor) -> tuple[int, Any, bytes]:
-    values = b"" if t.is_meta else t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    values = (
+        b"" if t.is_meta or isinstance(t, FakeTensor) else t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    )
     return id(t), t.dtype, values
 
 

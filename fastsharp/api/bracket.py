@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsharp.api.subject import checked, kind_of
-from fastsharp.curvature import FiniteSum
+from fastsharp.api.subject import Operator, checked, kind_of, sums_in
 from fastsharp.errors import ArgumentTypeError, InputError, ModelModeError
 from fastsharp.krylov.bracket import bracket as krylov_bracket
 from fastsharp.krylov.bracket import check_arguments
 from fastsharp.losses import BatchLoss
+from fastsharp.operator import SymmetricOperator
 from fastsharp.params import Selector
 from fastsharp.results import Bracket
 from fastsharp.samples import Samples
@@ -31,7 +31,7 @@ def bracket(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
@@ -69,16 +69,16 @@ def bracket(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     samples = Samples(loader, device, memory)
     check_arguments(samples.count, rtol=rtol, confidence=confidence, start=start, folds=folds, seed=seed)
-    first: list[FiniteSum] = []  # the first one, which watches the weights
+    first: list[SymmetricOperator] = []  # the first one, which watches the weights
 
-    def operator_of(indices: torch.Tensor) -> FiniteSum:
+    def operator_of(indices: torch.Tensor) -> SymmetricOperator:
         for one in first:
             one.check_unchanged()
-        known = first[0].objective.reduction if first else reduction
+        known = sums_in(first[0])[0].objective.reduction if first else reduction
         options: dict[str, Any] = {"params": params, "bn": bn, "dropout": dropout, "backend": backend, "memory": memory, "seed": seed}
         matrix = kind(model, samples.take(indices), loss_fn, reduction=known, **options)
         if not first:
-            _check_samples(matrix)
+            _check_samples(matrix, model)
             checked(matrix, preflight=preflight, seed=seed)
             first.append(matrix)
         return matrix
@@ -87,11 +87,24 @@ def bracket(
         return krylov_bracket(operator_of, samples.count, rtol=rtol, confidence=confidence, start=start, folds=folds, seed=seed)
 
 
-def _check_samples(matrix: FiniteSum) -> None:
-    """The loss must be a mean over samples, each of them a function of the weights alone."""
-    if matrix.objective.reduction == "sum":
+def _check_samples(matrix: SymmetricOperator, model: nn.Module) -> None:
+    """The matrix must be a mean over samples, each of them a function of the weights alone."""
+    sums = sums_in(matrix)
+    parts = [part.objective for part in sums]
+    if not parts or any(part.model is not model for part in parts):
+        raise InputError(
+            "bracket: operator= built a matrix that is no mean over samples in the coordinates of the model's parameters.\n"
+            "Use fastsharp.lanczos, which takes any symmetric operator."
+        )
+    whole = next((part.kind for part in sums if not part.by_sample), None)
+    if whole is not None:
+        raise InputError(
+            f"bracket: operator={whole!r} is no mean over samples that is known in part: its draws, or its mean gradient, belong to all data.\n"
+            "Use operator='ggn' or 'empirical-fisher', or fastsharp.lanczos."
+        )
+    if any(part.reduction == "sum" for part in parts):
         raise InputError("bracket: the loss is a sum, which grows with the number of samples. Pass reduction='mean', or a mean loss.")
-    if matrix.objective.modes.by_batch():
+    if any(part.modes.by_batch() for part in parts):
         raise ModelModeError(
             "bracket: frozen batch statistics and dropout masks depend on how samples are grouped, so parts are other functions.\n"
             "Choose bn='eval' and dropout='eval'."

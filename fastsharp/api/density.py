@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastsharp.api.resume import recorded
-from fastsharp.api.subject import basis_memory, checked, operator_of
+from fastsharp.api.subject import Operator, basis_memory, checked, operator_of
 from fastsharp.krylov.density_plan import make_density_plan
 from fastsharp.krylov.slq import check_arguments
 from fastsharp.krylov.slq import density as krylov_density
@@ -30,7 +30,7 @@ def density(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     memory: str | int = "auto",
     progress: bool | None = None,

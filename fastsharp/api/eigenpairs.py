@@ -11,7 +11,7 @@ from torch import nn
 
 from fastsharp.api.ensemble import ensemble_lanczos, is_ensemble
 from fastsharp.api.resume import recorded
-from fastsharp.api.subject import basis_memory, checked, operator_of
+from fastsharp.api.subject import Operator, basis_memory, checked, operator_of
 from fastsharp.errors import InputError
 from fastsharp.krylov.ladder import ladder
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
@@ -40,7 +40,7 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     precision: str = "auto",
     memory: str | int = "auto",
@@ -71,7 +71,7 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     precision: str = "auto",
     memory: str | int = "auto",
@@ -101,7 +101,7 @@ def lanczos(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     precision: str = "auto",
     memory: str | int = "auto",
@@ -135,7 +135,8 @@ def lanczos(
     reduction  "auto", "mean" (of the example-weighted mean) or "sum"
     bn         None refuses BatchNorm in train mode; "eval"; "frozen-batch-stats"
     dropout    None refuses active Dropout; "eval"; "fixed-masks"
-    operator   "hessian", or "ggn": the Gauss-Newton matrix J' H_L J, see `fastsharp.GGN`
+    operator   "hessian", "ggn" (`fastsharp.GGN`), "fisher" or "empirical-fisher" (`Fisher`), "gradient-covariance", "residual"; an operator
+               class; or a function `(model, loader, loss_fn, **build)` that builds an operator, as a sum or a preconditioned matrix
     backend    "rop": a recorded tape linearised call by call; "autograd": torch's double backward; "mlp": a native kernel for plain
                fully connected nets; "auto": "mlp" where torch's own modules alone make such a net, "rop" where the model can be recorded,
                else "autograd", see `fastsharp.explain`

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastsharp.api.ensemble_check import check_ensemble
 from fastsharp.api.subject import basis_memory, checked, first_steps, operator_of
 from fastsharp.batches import Batches, Budget
+from fastsharp.composite import name_of
 from fastsharp.curvature import FiniteSum
 from fastsharp.curvature.batch_products import Unavailable
 from fastsharp.curvature.ensemble import GenericEnsemble, MlpEnsemble
@@ -56,7 +57,11 @@ def ensemble_lanczos(
     def alone(e: int, **options: Any) -> FiniteSum:
         with of_member(e):
             operator = operator_of(models[e], data[e], loss_fn, preflight=preflight, memory=memory, **{**build, **options})
-        assert isinstance(operator, FiniteSum)
+        if not isinstance(operator, FiniteSum):
+            raise InputError(
+                f"a list of models: {name_of(operator)} is made of other operators, which are not multiplied together for many models.\n"
+                "Measure each model by a call, or pass operator='hessian' or another single operator."
+            )
         return operator
 
     with first_steps(), torch.inference_mode(False):

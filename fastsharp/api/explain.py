@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from fastsharp.api.subject import kind_of
+from fastsharp.api.subject import Operator, kind_of
 from fastsharp.batches import as_loader
+from fastsharp.composite import name_of
 from fastsharp.curvature.backends import MAKERS, against, candidates
 from fastsharp.curvature.batch_products import BatchProducts, Request, Unavailable
 from fastsharp.curvature.engine import TapeProducts
+from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.rop.linearise import Row
+from fastsharp.errors import InputError
 from fastsharp.params import Selector
 from fastsharp.results import Calls, Explanation
 
@@ -25,7 +28,7 @@ def explain(
     params: Selector = None,
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
 ) -> Explanation:
     """Which backend computes the products of this model's Hessian (or Gauss-Newton matrix), why, and what serves each of its calls.
 
@@ -41,7 +44,9 @@ def explain(
     """
     first = next(iter(as_loader(batch)), None)
     matrix = kind_of(operator)(model, [] if first is None else [first], loss_fn, params=params, bn=bn, dropout=dropout)
-    request = Request(matrix.objective, 0, matrix.objective.batches.first(), operator == "ggn")
+    if not isinstance(matrix, FiniteSum):
+        raise InputError(f"explain: {name_of(matrix)} is made of other operators. Ask for one of them at a time.")
+    request = Request(matrix.objective, 0, matrix.objective.batches.first(), matrix.form)
     *auto, last = candidates("auto", matrix.objective)
     declined: dict[str, str] = {}
     refusals: dict[str, str] = {}

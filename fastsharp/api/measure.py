@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastsharp.api.layer_spectra import layer_spectra
 from fastsharp.api.measure_function import function_side
 from fastsharp.api.measure_job import GGN_MEASURES, NAMES, Job
 from fastsharp.api.samples_of import label_forms
@@ -73,7 +74,8 @@ def measure(
         print(report["lambda_max"].value, report.table())
         report.to_html("sharpness.html")
 
-    parts      which of "curvature" (always: the spectrum of H), "gauss-newton", "perturbation", "trajectory", "function", "landscape"
+    parts      which of "curvature" (always: the spectrum of H), "gauss-newton", "perturbation", "trajectory", "function", "layers",
+               "landscape"
     k, steps, rtol   eigenpairs at each end, fewest Krylov steps, and tolerance of trace and norm, as in `fastsharp.spectrum`
     rho, directions  of SAM-sharpness, as in `fastsharp.sharpness`; ascent_rho: of the one-step ascents, in the l2 norm
     grid       points a side of the plane of the loss, 0 for none
@@ -139,6 +141,11 @@ def measure(
         if "function" in chosen:
             with job.part("function"):
                 function_side(job, hessian.objective, top[0], confidence)
+        if "layers" in chosen:
+            with job.part("layers"), job.may_skip("layers"), job.keeping(job.set_layers):
+                # no coupling: it takes products with the whole matrix; the preflight has seen this model and its data
+                given = {**build, "reduction": hessian.objective.reduction, "preflight": "off", "progress": False}
+                job.set_layers(layer_spectra(model, _frozen(hessian.objective, loader), loss_fn, k=1, coupling=None, **given))
         if "landscape" in chosen:
             with job.part("landscape"), job.may_skip("landscape"), job.keeping(job.set_landscape):
                 values = spectrum.eigenpairs.eigenvalues[order]
@@ -152,6 +159,11 @@ def measure(
         )
         warnings.warn(NotConvergedWarning(message, report), stacklevel=stacklevel())
     return report
+
+
+def _frozen(objective: Objective, loader: Any) -> Any:
+    """The frozen batches themselves, so that they are read once and held once; a stream is read again."""
+    return loader if objective.batches.streamed else [batch for _, batch in objective.batches]
 
 
 def _chosen(parts: Any) -> tuple[str, ...]:
@@ -176,9 +188,7 @@ def _gauss_newton(
     damping: float,
     preflight: str,
 ) -> None:
-    # the frozen batches themselves: read once, held once
-    data = loader if objective.batches.streamed else [batch for _, batch in objective.batches]
-    ggn = GGN(model, data, loss_fn, **{**build, "reduction": objective.reduction})
+    ggn = GGN(model, _frozen(objective, loader), loss_fn, **{**build, "reduction": objective.reduction})
     check = checked(ggn, preflight=preflight, seed=build["seed"])
     G = CountingOperator(ggn)
     job.counts["products.gauss-newton"] = lambda: float(G.count)

@@ -11,7 +11,7 @@ from typing import Any
 from fastsharp.errors import FastsharpError, Interrupted, NondeterministicOperatorError, NotSymmetricError, StaleOperatorError
 from fastsharp.measures.eigen import MEASURES, hessian_measures
 from fastsharp.progress import Progress
-from fastsharp.results import Estimate, Landscape2D, Report, Spectrum
+from fastsharp.results import Estimate, Landscape2D, LayerSpectra, Report, Spectrum
 
 GGN_MEASURES = ("lambda_max", "trace", "effective_rank")
 NAMES = {
@@ -30,6 +30,7 @@ NAMES = {
         "input_jacobian",
         "top_curvature",
     ),
+    "layers": (),
     "landscape": (),
 }
 _OF_THE_WHOLE = (StaleOperatorError, NondeterministicOperatorError, NotSymmetricError)  # after these no number means anything
@@ -48,6 +49,7 @@ class Job:
         self.counts: dict[str, Callable[[], float]] = {}
         self.notes: list[str] = []
         self.spectrum: Spectrum | None = None
+        self.layers: LayerSpectra | None = None
         self.landscape: Landscape2D | None = None
         self._running = ""
 
@@ -61,6 +63,10 @@ class Job:
         """The Hessian's, and what is read off it."""
         self.spectrum = spectrum
         self.add("curvature", hessian_measures(spectrum))
+
+    def set_layers(self, found: Any) -> None:
+        """Spectra of the layers; an early end carries those of one layer, which are no result of this call."""
+        self.layers = found if isinstance(found, LayerSpectra) else None
 
     def set_landscape(self, drawn: Landscape2D) -> None:
         self.landscape = drawn
@@ -136,6 +142,7 @@ class Job:
             dict(self.groups),
             dict(self.skipped),
             spectrum,
+            self.layers,
             self.landscape,
             self.cost | {name: read() for name, read in self.counts.items()},
             tuple(dict.fromkeys((*spectrum.notes, *self.notes, *missed))),

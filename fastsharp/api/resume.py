@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastsharp._environment import __version__
-from fastsharp.curvature import FiniteSum
+from fastsharp.api.subject import sums_in
 from fastsharp.errors import ArgumentTypeError
 from fastsharp.operator import SymmetricOperator
 from fastsharp.ops import _registry
@@ -53,8 +53,8 @@ class recorded:
     def __enter__(self) -> SymmetricOperator:
         if self._path is None:
             return self._operator
-        if isinstance(self._operator, FiniteSum):
-            self._operator.settle_backend()  # the log names the backend; without a preflight "auto" has not decided yet
+        for part in sums_in(self._operator):
+            part.settle_backend()  # the log names the backend; without a preflight "auto" has not decided yet
         self._log = Log(self._path)
         try:
             run = _run(self._operator, self._call, self._arguments)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastsharp.api.resume import recorded
-from fastsharp.api.subject import basis_memory, checked, operator_of
+from fastsharp.api.subject import Operator, basis_memory, checked, operator_of
 from fastsharp.krylov.plan import whole_bytes
 from fastsharp.krylov.spectrum import check_arguments
 from fastsharp.krylov.spectrum import spectrum as krylov_spectrum
@@ -34,7 +34,7 @@ def spectrum(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastsharp.api.resume import recorded
-from fastsharp.api.subject import checked, operator_of
+from fastsharp.api.subject import Operator, checked, operator_of
 from fastsharp.krylov import trace as solvers
 from fastsharp.krylov.aware import KrylovSpace
 from fastsharp.operator import SymmetricOperator
@@ -35,7 +35,7 @@ def trace(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
@@ -85,7 +85,7 @@ def frobenius(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
@@ -119,7 +119,7 @@ def logdet(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
@@ -154,7 +154,7 @@ def trace_function(
     reduction: str = "auto",
     bn: str | None = None,
     dropout: str | None = None,
-    operator: str = "hessian",
+    operator: Operator = "hessian",
     backend: str = "auto",
     memory: str | int = "auto",
     seed: int = 0,
@@ -190,7 +190,7 @@ class _Subject:
         reduction: str,
         bn: str | None,
         dropout: str | None,
-        operator: str,
+        operator: Operator,
         backend: str,
         memory: str | int,
         seed: int,

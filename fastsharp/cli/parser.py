@@ -8,7 +8,7 @@ from fastsharp.cli.measures import compare, measure
 from fastsharp.cli.pairs import demo, lanczos
 from fastsharp.cli.shared import OK
 
-PARTS = ("curvature", "gauss-newton", "perturbation", "trajectory", "function", "landscape")
+PARTS = ("curvature", "gauss-newton", "perturbation", "trajectory", "function", "layers", "landscape")
 EPILOG = "Exit codes: 0 done, 1 error, 2 usage, 3 not converged, 130 interrupted."
 
 
@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tol", type=float, default=1e-3, help="relative tolerance (%(default)s)")
     p.add_argument("--criterion", choices=("residual", "value"), default="residual", help="what tol bounds (%(default)s)")
     p.add_argument("--max-iter", type=int, metavar="M", help="most Krylov products (automatic)")
-    p.add_argument("--operator", choices=("hessian", "ggn"), default="hessian", help="Hessian or Gauss-Newton matrix (%(default)s)")
+    kinds = ("hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance", "residual")
+    p.add_argument("--operator", choices=kinds, default="hessian", help="which curvature matrix (%(default)s)")
     p.add_argument("--out", metavar="DIR", help="folder for result.json and eigenvalues.png")
     p.add_argument("--resume", metavar="LOG", help="log of the products: created, or continued after a crash")
     p.add_argument("--vectors", action="store_true", help="also write eigenvectors.safetensors into --out")

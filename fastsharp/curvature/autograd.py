@@ -10,7 +10,6 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request
-from fastsharp.curvature.network_output import check_separable, network_output
 from fastsharp.errors import DoubleBackwardError
 from fastsharp.params import ParamLayout
 
@@ -25,7 +24,8 @@ class GradientGraph:
 
     def __init__(self, loss: torch.Tensor, params: Sequence[torch.Tensor]) -> None:
         self._params = params
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        with _named(loss.grad_fn):
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         self.unused = tuple(i for i, g in enumerate(grads) if g is None)
         finite = torch.stack(
             [torch.ones((), dtype=torch.bool, device=loss.device) if g is None else torch.isfinite(g).all() for g in grads]
@@ -91,10 +91,17 @@ class GaussNewtonGraph:
         if self._slope is None or not self._pulled:
             return None
         with _named(self._loss_node):
-            tangents = [tangent[i] for i in self._active]
-            (pushed,) = torch.autograd.grad(self._pulled, self._dual, tangents, retain_graph=True, materialize_grads=True)
+            pushed = self.pushed(tangent)
             (curved,) = torch.autograd.grad(self._slope, self._z, pushed, retain_graph=True, materialize_grads=True)
             return torch.autograd.grad(self._output, self._params, curved, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+    def pushed(self, tangent: Sequence[torch.Tensor]) -> torch.Tensor:
+        """J v."""
+        if not self._pulled:
+            return torch.zeros_like(self._z)
+        tangents = [tangent[i] for i in self._active]
+        (found,) = torch.autograd.grad(self._pulled, self._dual, tangents, retain_graph=True, materialize_grads=True)
+        return found
 
     def nodes(self) -> Iterator[Any]:
         """Every autograd node that products pass through."""
@@ -136,17 +143,13 @@ class GraphProducts(BatchProducts):
 
 def graph_products(request: Request) -> Made:
     """Products of any model that torch can differentiate twice."""
-    objective = request.objective
-    with request.autocast():
-        value = objective.evaluate(request.index, request.batch)
-    selection = objective.selection
+    output, value = request.evaluate()
+    selection = request.objective.selection
     graph: GradientGraph | GaussNewtonGraph
-    if request.gauss:
-        output = network_output(value)
-        check_separable(value.loss, output, selection.params, selection.names)
-        graph = GaussNewtonGraph(value.loss, output, selection.params)
-    else:
+    if output is None:
         graph = GradientGraph(value.loss, selection.params)
+    else:
+        graph = GaussNewtonGraph(value.loss, output, selection.params)
     return Made(GraphProducts(graph, selection.layout), value.scale, value.count)
 
 
@@ -181,8 +184,9 @@ def _named(loss_node: Any) -> Iterator[None]:
 
 
 def lacks_second_derivative(error: RuntimeError) -> bool:
-    """Whether torch says that an operation has no derivative of its backward."""
-    return "derivative for" in str(error) and "is not implemented" in str(error)
+    """Whether torch says that an operation has no derivative, or none of its backward."""
+    text = str(error)
+    return ("derivative for" in text and "is not implemented" in text) or "no autograd formula was registered" in text
 
 
 def no_second_derivative(error: RuntimeError) -> DoubleBackwardError:

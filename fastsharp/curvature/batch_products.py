@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from fastsharp.curvature.form import Form
+from fastsharp.losses import Value
 from fastsharp.objective import Objective
 
 
@@ -49,17 +50,44 @@ class BatchProducts(ABC):
 
 @dataclass(frozen=True)
 class Request:
-    """A batch to be linearised: for the Hessian or, with `gauss`, for the Gauss-Newton matrix; `bf16` runs it under autocast."""
+    """A batch to be linearised for the matrix of this form; `bf16` runs it under autocast.
+
+    constants   of the form's stand-in, from an exact evaluation; None: those of this evaluation
+    """
 
     objective: Objective
-    index: Any  # of the batch; frozen statistics and masks go by it
+    index: Any  # of the batch; frozen statistics, masks and draws go by it
     batch: Any
-    gauss: bool = False
+    form: Form
     bf16: bool = False
+    constants: Any = None
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """For the evaluation. No cache: it may hold casts that were made without a graph, and hides the casts from a tape."""
-        return torch.autocast(self.objective.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+    @property
+    def gauss(self) -> bool:
+        """Whether products are those of a Gauss-Newton matrix."""
+        return self.form.gauss
+
+    def evaluate(self) -> tuple[torch.Tensor | None, Value]:
+        """(the network's output, None for a Hessian; the batch's loss or what stands in for it), with their graph.
+
+        No cache of autocast: it may hold casts that were made without a graph, and hides the casts from a tape.
+        """
+        objective = self.objective
+        with torch.autocast(objective.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            value = objective.evaluate(self.index, self.batch)
+        selection = objective.selection
+        drawn = objective.draw_seed(self.index)
+        return self.form.of(value, self.batch, objective.loss, selection.params, selection.names, drawn, self.constants)
+
+    def exact(self) -> Request:
+        """The same with the constants of an evaluation in full precision: cheap products are those of the same matrix."""
+        stand_in = self.form.stand_in
+        if stand_in is None:
+            return self
+        with self.objective.quiet():
+            value = self.objective.evaluate(self.index, self.batch)
+            constants = self.form.constants(value, self.batch, self.objective.loss, self.objective.draw_seed(self.index))
+        return replace(self, constants=constants)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsharp.curvature.autograd import lacks_second_derivative, no_second_derivative
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
-from fastsharp.curvature.network_output import check_separable, network_output
 from fastsharp.curvature.rop.linearise import Linearised, Row
 from fastsharp.curvature.rop.tape import Tape, Unrecorded, record
 from fastsharp.errors import listing
@@ -21,21 +20,17 @@ from fastsharp.params import ParamLayout
 
 def tape_products(request: Request) -> Made:
     """Products of any model whose evaluation can be recorded call by call; Unavailable with the reason elsewhere."""
-    objective, selection = request.objective, request.objective.selection
+    selection = request.objective.selection
     values: list[Value] = []  # of the one evaluation
 
     def evaluate() -> tuple[torch.Tensor | None, torch.Tensor]:
-        with request.autocast():
-            value = objective.evaluate(request.index, request.batch)
-        output = network_output(value) if request.gauss else None
-        if output is not None:
-            check_separable(value.loss, output, selection.params, selection.names)
+        output, value = request.evaluate()
         values.append(value)
         return output, value.loss
 
     try:
         with _attention(selection.params):
-            tape = record(evaluate, selection.params, modules=objective.model)
+            tape = record(evaluate, selection.params, modules=request.objective.model)
         (value,) = values
         products = TapeProducts(tape, selection.layout, request.gauss, value.scale)
     except Unrecorded as reason:
@@ -64,6 +59,11 @@ class TapeProducts(BatchProducts):
         gradient = linearised.gradient or ()
         self.not_finite = tuple(i for i, g in enumerate(gradient) if g is not None and not bool(torch.isfinite(g).all()))
         linearised.gradient = None  # n numbers a batch would outweigh a small tape
+
+    @property
+    def linearised(self) -> Linearised:
+        """The tape at its point."""
+        return self._linearised
 
     def table(self) -> list[Row]:
         """What served each call."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastsharp.batches import Batches
 from fastsharp.curvature.batch_products import Unavailable
-from fastsharp.curvature.finite_sum import FiniteSum, preflight_notes
+from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.mlp import agree
+from fastsharp.curvature.said import preflight_notes
 from fastsharp.curvature.stack import evaluated, flat, share, stacked
 from fastsharp.errors import InputError, of_member
 from fastsharp.guard import version_of
@@ -57,9 +58,11 @@ class MlpEnsemble(EnsembleOperator):
 
     def __init__(self, first: FiniteSum, models: Sequence[nn.Module], batches: Sequence[Batches]) -> None:
         super().__init__(len(models), first.n, first.dtype, first.device)
+        if not first.form.plain:
+            raise Unavailable("the native kernel has products of the Hessian and the Gauss-Newton matrix alone")
         self.first, self.models, self.batches = first, tuple(models), tuple(batches)
         self.stack = stacked(first.objective, models, batches)
-        self.gauss = first.kind == "ggn"
+        self.gauss = first.form.gauss
         self.prepared = mlp.prepare(self.stack.net, self.stack.theta, self.stack.x, self.stack.target, self.stack.weight)
         self.values: list[float] = self.prepared.primal.value.tolist()  # the losses
         for e, loss in enumerate(self.stack.losses):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from abc import abstractmethod
 from typing import Any, TypeVar
@@ -14,31 +13,18 @@ from torch import nn
 from fastsharp.batches import tensors_of
 from fastsharp.curvature.backends import MAKERS, SPECIAL, against, candidates, check_backend
 from fastsharp.curvature.batch_products import BatchProducts, Made, Request, Unavailable
+from fastsharp.curvature.cheap import NOISE, check_precision
 from fastsharp.curvature.cuda_graph import recorder_of
+from fastsharp.curvature.form import Form
 from fastsharp.curvature.kept import KeptSum, writable
-from fastsharp.errors import (
-    DeviceError,
-    DisconnectedLossError,
-    DtypeError,
-    EngineError,
-    InputError,
-    StaleOperatorError,
-    UnusedParamWarning,
-    listing,
-    stacklevel,
-)
+from fastsharp.curvature.said import preflight_notes, unused_names, warn_unused
+from fastsharp.errors import EngineError, InputError, StaleOperatorError, listing
 from fastsharp.locate import non_finite_gradient
 from fastsharp.objective import Objective
-from fastsharp.operator import BF16_NOISE, TF32_NOISE, SymmetricOperator
+from fastsharp.operator import SymmetricOperator
 from fastsharp.params import ParamLayout, Selector
+from fastsharp.reading import deaths_told
 
-
-def preflight_notes(outcome: dict[str, Any]) -> tuple[str, ...]:
-    """What a result says of its preflight."""
-    return (*outcome.get("notes", ()), *(("unchecked: preflight='off'",) if outcome["level"] == "off" else ()))
-
-
-_NOISE = {"bf16": BF16_NOISE, "tf32": TF32_NOISE}
 Own = TypeVar("Own", bound="FiniteSum")
 
 
@@ -77,8 +63,18 @@ class FiniteSum(SymmetricOperator):
 
     @property
     @abstractmethod
+    def form(self) -> Form:
+        """Which matrix of a batch it is made of."""
+
+    @property
     def kind(self) -> str:
         """What `operator=` calls this matrix."""
+        return self.form.kind
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether it is a mean of matrices of single samples, so that a part of the data gives a part of it."""
+        return True
 
     @property
     @abstractmethod
@@ -94,14 +90,7 @@ class FiniteSum(SymmetricOperator):
         Data, weights and the watch over them are shared; graphs are kept apart, within one budget. float32 parameters only.
         Raises InputError, DtypeError, DeviceError.
         """
-        if precision not in _NOISE:
-            raise InputError(f"precision={precision!r} is none of {', '.join(map(repr, _NOISE))}.")
-        if self.dtype != torch.float32:
-            raise DtypeError(
-                f"precision={precision!r}: the parameters are {self.dtype}, cheap products need float32. Use precision='auto'."
-            )
-        if precision == "tf32" and self.device.type != "cuda":
-            raise DeviceError(f"precision='tf32': the model is on {self.device}, TF32 units are on CUDA devices. Use precision='auto'.")
+        check_precision(precision, self.dtype, self.device)
         twin = copy.copy(self)
         twin._precision = precision
         # the native kernel has none in bfloat16
@@ -112,7 +101,7 @@ class FiniteSum(SymmetricOperator):
 
     @property
     def noise(self) -> float:
-        return 0.0 if self._precision is None else _NOISE[self._precision]
+        return 0.0 if self._precision is None else NOISE[self._precision]
 
     @property
     def backend(self) -> str:
@@ -152,6 +141,11 @@ class FiniteSum(SymmetricOperator):
     @property
     def notes(self) -> tuple[str, ...]:
         notes = self.objective.notes()
+        if self.objective.kinks and self.kind == "hessian":
+            notes.append(
+                f"a.e. Hessian (almost everywhere): no second derivative at the kinks of {listing(self.objective.kinks, 4)}; "
+                "that of the smooth piece around the weights is meant. operator='ggn' needs none"
+            )
         if self.objective.uses_attention and self.backend == "autograd":
             notes.append("attention ran on torch's MATH kernel, the one with a second derivative")
         if self._precision:
@@ -216,7 +210,8 @@ class FiniteSum(SymmetricOperator):
         reason = against(self.backend, self.objective) if len(self._candidates) > 1 else None  # a hook may be new since
         if reason:
             raise Unavailable(reason)
-        made = MAKERS[self.backend](Request(self.objective, index, batch, self.kind == "ggn", self._precision == "bf16"))
+        request = Request(self.objective, index, batch, self.form, self._precision == "bf16")
+        made = MAKERS[self.backend](request.exact() if self._precision else request)
         if made.products.not_finite:  # a saturated unit hides an Inf in the data from the loss
             raise non_finite_gradient([self.objective.selection.names[i] for i in made.products.not_finite], index, batch)
         self._islands.update(dict.fromkeys(made.products.islands))
@@ -240,7 +235,7 @@ class FiniteSum(SymmetricOperator):
         if self._denominator is not None and self._all_kept:
             self._kept_sum().product(V, out, self._fits)
             return
-        with self.objective.quiet(tf32=self._precision == "tf32"), writable(V, out) as (rows, total):
+        with deaths_told(), self.objective.quiet(tf32=self._precision == "tf32"), writable(V, out) as (rows, total):
             while not self._passed(rows, total):
                 total.zero_()
             if self._denominator not in (None, 1.0):
@@ -287,13 +282,19 @@ class FiniteSum(SymmetricOperator):
                     self._keep(index, products, scale, ignore | {t.untyped_storage().data_ptr() for t in tensors_of(batch)})
             products.add_products(V, total, scale)
         if first:
-            self._report_unused(unused)
+            self._unused = unused_names(self.objective.selection.names, unused)
+            if self._unused and self._precision is None:  # the exact operator says it
+                warn_unused(self._unused, self.label)
             if self.objective.reduction != "sum" and not 0.0 < counts < float("inf"):
                 raise InputError(
                     f"the counts of the loss add up to {counts:g} over all batches, so that its mean is not defined.\n"
                     "Check for labels that are all ignored, class weights of zero, or a loss that returns a wrong (sum, count)."
                 )
-            self._denominator = 1.0 if self.objective.reduction == "sum" else counts
+            self._denominator = self.divisor(counts)
+
+    def divisor(self, counts: float) -> float:
+        """What the sum over batches is divided by; counts: that of their counts."""
+        return 1.0 if self.objective.reduction == "sum" else counts
 
     def _keep(self, index: int, products: BatchProducts, scale: float, ignore: set[int]) -> None:
         size = products.nbytes(ignore) if self._all_kept else 0
@@ -302,19 +303,3 @@ class FiniteSum(SymmetricOperator):
             self._kept_bytes += size
         else:
             self._all_kept = False
-
-    def _report_unused(self, unused: set[int]) -> None:
-        names = self.objective.selection.names
-        if len(unused) == len(names):
-            raise DisconnectedLossError(
-                f"the loss has no path to any of the {len(names)} chosen parameters ({names[0]}, ...).\n"
-                "Choose parameters that the loss depends on, or remove the .detach() between them."
-            )
-        self._unused = tuple(names[i] for i in sorted(unused))
-        if self._unused and self._precision is None:  # the exact operator says it
-            warnings.warn(
-                f"no gradient path from the loss to {', '.join(self._unused)}: their rows of {self.label} are zero. "
-                "Leave them out with params=.",
-                UnusedParamWarning,
-                stacklevel=stacklevel(),
-            )

@@ -7,6 +7,7 @@ from typing import Any, final
 from torch import nn
 
 from fastsharp.curvature.finite_sum import FiniteSum
+from fastsharp.curvature.form import GAUSS_NEWTON
 from fastsharp.errors import InputError
 from fastsharp.losses import BatchLoss
 from fastsharp.params import Selector
@@ -23,7 +24,7 @@ class GGN(FiniteSum):
     Arguments, methods and errors are those of `fastsharp.Hessian`. Cost: 4U a vector where a batch's graph is kept.
     """
 
-    kind = "ggn"
+    form = GAUSS_NEWTON
     label = "the Gauss-Newton matrix"
 
     def __init__(
@@ -40,11 +41,7 @@ class GGN(FiniteSum):
         memory: str | int = "auto",
         seed: int = 0,
     ) -> None:
-        if isinstance(loss_fn, BatchLoss):
-            raise InputError(
-                "operator='ggn' splits the loss at the network's output, which a batch_loss does not show.\n"
-                "Pass loss_fn(output, target), or use operator='hessian'."
-            )
+        refuse_batch_loss(loss_fn, self.kind)
         super().__init__(
             model,
             loader,
@@ -56,4 +53,13 @@ class GGN(FiniteSum):
             backend=backend,
             memory=memory,
             seed=seed,
+        )
+
+
+def refuse_batch_loss(loss_fn: Any, kind: str) -> None:
+    """InputError for a loss that hides the network's output."""
+    if isinstance(loss_fn, BatchLoss):
+        raise InputError(
+            f"operator={kind!r} splits the loss at the network's output, which a batch_loss does not show.\n"
+            "Pass loss_fn(output, target), or use operator='hessian'."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from fastsharp.curvature.finite_sum import FiniteSum
+from fastsharp.curvature.form import HESSIAN
 
 
 @final
@@ -19,5 +20,5 @@ class Hessian(FiniteSum):
     Raises StaleOperatorError when weights, buffers or data change afterwards; `.refresh()` takes the new weights.
     """
 
-    kind = "hessian"
+    form = HESSIAN
     label = "the Hessian"

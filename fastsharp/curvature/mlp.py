@@ -191,6 +191,8 @@ def mlp_products(request: Request) -> Made:
     """Products of one batch of a plain fully connected net; Unavailable with the reason elsewhere."""
     if request.bf16:
         raise Unavailable("the native kernel has no bfloat16 products")
+    if not request.form.plain:
+        raise Unavailable("the native kernel has products of the Hessian and the Gauss-Newton matrix alone")
     objective = request.objective
     found = recognised(objective, request.index, request.batch)
     prepared = mlp.prepare(found.net, found.theta[None], found.x[None], found.target[None], found.weight[None])

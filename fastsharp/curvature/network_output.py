@@ -13,7 +13,7 @@ from fastsharp.errors import InputError, listing
 from fastsharp.losses import Value
 
 
-def network_output(value: Value) -> torch.Tensor:
+def network_output(value: Value, kind: str = "ggn") -> torch.Tensor:
     """The output tensor that the loss was computed from: the output itself, its `.logits`, or its only floating-point tensor."""
     output = value.output
     if isinstance(output, torch.Tensor):
@@ -27,19 +27,21 @@ def network_output(value: Value) -> torch.Tensor:
             "no output is known" if output is None else f"the output is a {type(output).__name__} with {len(found)} differentiable tensors"
         )
         raise InputError(
-            f"operator='ggn' splits the loss at the network's output, one tensor: {what}.\n"
+            f"operator={kind!r} splits the loss at the network's output, one tensor: {what}.\n"
             "Return one tensor (or something with .logits) and pass loss_fn(output, target)."
         )
     return found[0]
 
 
-def check_separable(loss: torch.Tensor, output: torch.Tensor, params: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+def check_separable(
+    loss: torch.Tensor, output: torch.Tensor, params: Sequence[torch.Tensor], names: Sequence[str], kind: str = "ggn"
+) -> None:
     """InputError where the loss reaches parameters other than through `output`: its second derivative has then terms that J' H_L J lacks."""
     wanted = {id(p): name for p, name in zip(params, names, strict=True)}
     beside = [wanted[key] for key in _leaves(loss.grad_fn, output.grad_fn) if key in wanted]
     if beside:
         raise InputError(
-            f"operator='ggn': the loss depends on {listing(beside, 4)} not only through the network's output,\n"
+            f"operator={kind!r}: the loss depends on {listing(beside, 4)} not only through the network's output,\n"
             "as a penalty on the weights or a loss of an inner layer does. Leave that term out, or use operator='hessian'."
         )
 

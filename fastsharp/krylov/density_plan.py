@@ -98,10 +98,11 @@ def make_density_plan(
     if device.type == "cuda" and staged <= memory and (host_memory is None or rows * row <= host_memory):
         return plan(name, "host", 1, staged, rows * row)
     least = half if dtype == torch.float32 else each + scratch
+    fitting = _steps_that_fit(memory, row, dtype)
+    fewer = f"take fewer steps ({fitting} would fit), " if fitting else ""
     raise BasisMemoryError(
         f"density: {steps} steps on n = {n:,} parameters need {spoken(least)} for one probe at least, the budget is {spoken(memory)}.\n"
-        f"Raise memory= (half of it is for the basis), take fewer steps ({_steps_that_fit(memory, row, dtype)} would fit), "
-        "or choose fewer parameters with params=."
+        f"Raise memory= (half of it is for the basis), {fewer}or choose fewer parameters with params=."
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fastsharp.krylov import quantiles
+from fastsharp import quantiles
 from fastsharp.krylov.aware import KrylovSpace
 from fastsharp.krylov.estimate import CUT_SHORT, Budget, Exact
 from fastsharp.krylov.products import Products

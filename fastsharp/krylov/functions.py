@@ -66,7 +66,7 @@ class Quadrature:
         def draw() -> torch.Tensor:  # a closed block ends the run, so none is ever drawn
             return rng.normal(operator.n, rng.generator(0), operator.dtype, operator.device)
 
-        run = Tridiagonal(operator, z, draw, min(operator.n, self.max_steps))
+        run = Tridiagonal(operator, z, draw, min(operator.n, self.max_steps), call=self.products.name)
         square = float(operator.n)  # ||z||^2 for signs
         history: list[float] = []
         while True:

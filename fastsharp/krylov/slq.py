@@ -150,7 +150,9 @@ class Runs:
         if not self.plan.apart:
             return Batch(operator, starts, self.plan.rows, shift=shift, upfront=self.plan.budget is not None)
         basis = self.plan.basis(operator.n, operator.dtype, operator.device)
-        run = Tridiagonal(operator, starts[0], lambda: starts[0], basis)  # a closed block ends the run, so nothing is ever drawn
+        run = Tridiagonal(
+            operator, starts[0], lambda: starts[0], basis, call="density"
+        )  # a closed block ends the run, so nothing is ever drawn
         run.shift = shift
         return run
 

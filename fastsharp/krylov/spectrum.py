@@ -160,7 +160,7 @@ class _Spectrum:
         def draw() -> torch.Tensor:
             return rng.normal(operator.n, g, operator.dtype, operator.device)
 
-        self.state = Tridiagonal(operator, z[0], draw, plan.basis(operator.n, operator.dtype, operator.device))
+        self.state = Tridiagonal(operator, z[0], draw, plan.basis(operator.n, operator.dtype, operator.device), call="spectrum")
         self.products = Products(operator, "spectrum")
         self.lengthened = 0  # Krylov steps that `products` has counted: those for the estimates
 

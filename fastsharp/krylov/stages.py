@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastsharp.krylov import quantiles
+from fastsharp import quantiles
 
 BLOCK = 8  # probes that share one block product, and within which variances are taken
 MIN_FINAL = 16

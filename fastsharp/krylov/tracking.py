@@ -210,7 +210,7 @@ def _cold(
         mixed = _weights(old, request.k, _CHECK_GUARDS) @ old.X
         first, randomness = first + normalised(mixed), math.sqrt(0.5)
     recorder = _Recorder(operator, request.max_iter)
-    state = Tridiagonal(recorder, first, draw, request.max_iter)
+    state = Tridiagonal(recorder, first, draw, request.max_iter, call="tracker")
     rule = (_CheckRule if start == "check" else StopRule)(
         request.k, "LA", Targets(request.tol, request.criterion, state.eps), operator.n, randomness
     )

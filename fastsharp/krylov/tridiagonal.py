@@ -58,6 +58,7 @@ class Tridiagonal:
     draw      a fresh random vector (n,), for restarts after a breakdown
     basis     an empty Basis, or the most rows it will ever hold
     keep      keep(theta): positions of the Ritz values that a thick restart keeps; None: the basis holds every row
+    call      what messages begin with
 
     One step costs one matvec, three passes over n-vectors or the basis (`ops.alpha`, `ops.dots`, `ops.update`), one division and
     one read by the host. Raises NonFiniteError and NotSymmetricError with the number of the product.
@@ -70,8 +71,10 @@ class Tridiagonal:
         draw: Callable[[], torch.Tensor],
         basis: Basis | int,
         keep: Keep | None = None,
+        call: str = "lanczos",
     ) -> None:
         self.operator = operator
+        self.call = call
         self.n = operator.n
         self.eps = torch.finfo(operator.dtype).eps
         self.blocks = [Block(0)]
@@ -186,7 +189,9 @@ class Tridiagonal:
     def _compress(self) -> None:
         """Thick restart: the Ritz vectors that `keep` names, and the next Lanczos vector behind them."""
         if self._keep is None:
-            raise InputError(f"lanczos: the basis holds {self._basis.capacity} rows and is full. Pass keep= to restart it, or more rows.")
+            raise InputError(
+                f"{self.call}: the basis holds {self._basis.capacity} rows and is full. Pass keep= to restart it, or more rows."
+            )
         compress(self._basis, self.blocks, self._keep, self.eps, self.norm)
         self.thick_restarts += 1
 
@@ -215,13 +220,13 @@ class Tridiagonal:
         if worst > gate:
             i = max(range(len(c)), key=lambda i: abs(c[i]))
             raise NotSymmetricError(
-                f"lanczos: v_{i + 1}'A v_{len(c) + 2} is {worst / self.norm:.2g} ||A|| at product {self.n_matvec}, "
+                f"{self.call}: v_{i + 1}'A v_{len(c) + 2} is {worst / self.norm:.2g} ||A|| at product {self.n_matvec}, "
                 f"where a symmetric A gives rounding (gate {gate / self.norm:.2g} ||A||).\n"
                 "Pass (A + A') / 2, or make the product the same matrix at every call."
             )
 
     def _not_finite(self, what: str) -> NonFiniteError:
         return NonFiniteError(
-            f"lanczos: product {self.n_matvec} of the operator contains NaN or Inf ({what}).\n"
+            f"{self.call}: product {self.n_matvec} of the operator contains NaN or Inf ({what}).\n"
             "Check the matrix, or the loss and its second derivative, for bad values."
         )

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from fastsharp.errors import InputError, Interrupted
-from fastsharp.krylov.quantiles import student
 from fastsharp.measures.ball import NORMS, SCALES, Ball
 from fastsharp.measures.landscape import Landscape, Part
+from fastsharp.quantiles import student
 from fastsharp.results.sharpness import Sharpness
 from fastsharp.rng import generator, normal
 

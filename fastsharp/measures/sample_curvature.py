@@ -15,10 +15,10 @@ from dataclasses import replace
 import torch
 
 from fastsharp import rng
-from fastsharp.krylov.quantiles import normal, student
 from fastsharp.measures.facts import BatchFacts, Need
 from fastsharp.measures.statistic import SampleEstimate, Samples, ratio
 from fastsharp.objective import Objective
+from fastsharp.quantiles import normal, student
 
 _STUDENT = 5
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastsharp.errors import InputError
-from fastsharp.krylov.quantiles import normal, student
+from fastsharp.quantiles import normal, student
 from fastsharp.results import Estimate
 
 _PIECE = 1 << 16  # numbers

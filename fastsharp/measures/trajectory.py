@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fastsharp.errors import ArgumentTypeError, InputError, ShapeError
-from fastsharp.krylov.quantiles import student
 from fastsharp.measures.landscape import Landscape
 from fastsharp.operator import SymmetricOperator
 from fastsharp.params import ParamLayout
+from fastsharp.quantiles import student
 from fastsharp.results import Estimate
 
 _DOUBLINGS = 60  # of the step until the loss is said never to rise

@@ -126,7 +126,7 @@ def call(kernel: Callable[..., None], *args: object) -> None:
     try:
         kernel(*args)
     except RuntimeError as e:
-        raise KernelError(f"native kernel failed: {e}") from e
+        raise KernelError(f"native kernel failed: {e}. Use force('reference') to go on.") from e
 
 
 def wrote(*tensors: Tensor | None) -> None:

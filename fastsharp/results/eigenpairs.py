@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -33,6 +33,12 @@ class Eigenpairs(Result, version=2):
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     layout: ParamLayout | None = None  # names and shapes behind the n coordinates; None for a plain matrix
+    not_promised: ClassVar[tuple[str, ...]] = (
+        "all copies of a multiple eigenvalue",
+        "interior eigenvalues",
+        "a second derivative at a kink of ReLU or max-pooling",
+        "the same bits on another machine, another torch version, or on CPU and GPU",
+    )
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         yield self.eigenvalues

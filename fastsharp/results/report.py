@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastsharp.results.estimate import Estimate
+from fastsharp.results.layer_spectra import LayerSpectra
 from fastsharp.results.result import Result
 from fastsharp.results.spectrum import Spectrum
 
@@ -40,6 +41,7 @@ class Report(Result):
     groups       {name: what it is a measure of}: "curvature", "gauss-newton", "perturbation", "trajectory", "function"
     skipped      {name: reason}
     spectrum     of the Hessian
+    layers       top eigenvalue and trace of each layer's diagonal block; None where they were not asked for
     landscape    None where the part was left out
     cost         products, gradients, forward passes over the data, and seconds by part
     """
@@ -48,6 +50,7 @@ class Report(Result):
     groups: Mapping[str, str]
     skipped: Mapping[str, str]
     spectrum: Spectrum
+    layers: LayerSpectra | None
     landscape: Landscape2D | None
     cost: Mapping[str, float]
     notes: tuple[str, ...] = ()

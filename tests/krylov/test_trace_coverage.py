@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsharp import ops
-from fastsharp.krylov import quantiles
+from fastsharp import ops, quantiles
 from fastsharp.krylov.estimate import Budget, Run
 from fastsharp.krylov.functions import Function, Quadrature
 from fastsharp.krylov.hutchinson import square_samples, trace_samples

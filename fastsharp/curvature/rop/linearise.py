@@ -19,13 +19,16 @@ import torch
 import fastsharp.curvature.rop.rules  # noqa: F401
 from fastsharp.curvature.rop.fold import fold
 from fastsharp.curvature.rop.island import Island
-from fastsharp.curvature.rop.rule import RULES, Call, Part
+from fastsharp.curvature.rop.parts import width
+from fastsharp.curvature.rop.rule import RULES, Call, Part, Tangents
 from fastsharp.curvature.rop.tape import Tape
 
-TOGETHER = 8 << 20  # bytes of the largest value's tangents, for the vectors that a pass takes at once on a CPU
+# Bytes of the largest value's tangents, for the vectors that a pass takes at once on a CPU. More of them save only the cost of starting
+# operations, and where their tangents outgrow the cache and what the allocator keeps (glibc: 32 MiB a block) they cost more than they save.
+TOGETHER = 8 << 20
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     part: Part
     inputs: tuple[int, ...]  # slot of each input, -1 where it is not active
     outputs: tuple[int, ...]
@@ -51,6 +54,8 @@ class Linearised:
     unused     numbers of the parameters without a path to the loss
     islands    names of the calls that have no rule
     names      (op, module) of every call, in order
+    largest    bytes of the largest value
+    outputs    (slot, shape) of the network's outputs
     bypassed   whether the loss depends on parameters other than through the network's outputs: then there is no Gauss-Newton matrix
     """
 
@@ -59,7 +64,9 @@ class Linearised:
         self.loss = tape.loss.detach().clone()
         calls = fold(tape.calls, _uses(tape))
         tape.calls = []
-        self._together = _together(calls)
+        made = [t for call in calls for t in call.outputs]
+        self.largest = max([1, *(t.nbytes for t in made)])
+        self._together = max(TOGETHER // self.largest, 1) if all(t.device.type == "cpu" for t in made) else sys.maxsize
         network = _leading_to(calls, tape.outputs)
         self.bypassed = _bypassed(calls, network, tape)
         slots = {id(t): i for i, t in enumerate(tape.params)}
@@ -71,13 +78,14 @@ class Linearised:
             last.update((s, i) for s in (*outputs, *inputs) if s >= 0)
             wired.append((inputs, outputs))
         self._end, self._slots, self._params = slots[id(tape.loss)], len(slots), len(tape.params)
+        self.outputs = [(slots[id(t)], tuple(t.shape)) for t in tape.outputs]
         used = {s for inputs, _ in wired for s in inputs}
         self.unused = tuple(i for i in range(self._params) if i not in used)
         frees: list[list[int]] = [[] for _ in calls]
         for s, i in last.items():
             frees[i].append(s)
 
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self.names = [(_name(call.func), call.module) for call in calls]
         rows: Counter[tuple[str, str, str]] = Counter()
         calls.reverse()
@@ -85,25 +93,27 @@ class Linearised:
             call = calls.pop()  # what its part does not keep is freed before the next part is made
             part, by = _part(call, rules is None or i < rules)
             rows[_name(call.func), call.module, by] += 1
-            self._steps.append(_Step(part, inputs, outputs, leading, tuple(free)))
+            self._steps.append(Step(part, inputs, outputs, leading, tuple(free)))
         self._table = [Row(*key, n) for key, n in rows.items()]
         self.islands = tuple(dict.fromkeys(row.op for row in self._table if row.by == "island"))
         self.gradient: list[torch.Tensor | None] | None = self._adjoints(torch.full_like(tape.loss, scale))
 
-    def product(self, tangents: Sequence[torch.Tensor], into: Sequence[torch.Tensor], *, scale: float = 1.0, gauss: bool = False) -> None:
-        """into += scale * H tangents, each given by parameter as (b, *shape), strided as they come.
+    def product(self, tangents: Tangents, into: Sequence[torch.Tensor], *, scale: float = 1.0, gauss: bool = False) -> None:
+        """into += scale * H tangents, each given by parameter as (b, *shape), strided as they come; None is zero.
 
         gauss   the Gauss-Newton matrix in place of H. A scale other than 1 costs a pass over the tangents; that of the constructor none
         """
         with torch.no_grad():
-            b, step = len(tangents[0]), self._together
+            b, step = width(tangents), self._together
             if b > step:
                 for k in range(0, b, step):
-                    self.product([t[k : k + step] for t in tangents], [t[k : k + step] for t in into], scale=scale, gauss=gauss)
+                    some = [None if t is None else t[k : k + step] for t in tangents]
+                    self.product(some, [t[k : k + step] for t in into], scale=scale, gauss=gauss)
                 return
             values: list[torch.Tensor | None] = [None] * self._slots
             for i in range(self._params):
-                values[i] = tangents[i] if scale == 1.0 else tangents[i] * scale
+                t = tangents[i]
+                values[i] = t if scale == 1.0 or t is None else t * scale
             kept = self._forward(values, gauss)
             self._backward(kept, into)
 
@@ -121,10 +131,15 @@ class Linearised:
         """What served each call, for `explain`."""
         return list(self._table)
 
+    @property
+    def steps(self) -> Sequence[Step]:
+        """The parts in the order of evaluation; slots below the number of parameters are the parameters."""
+        return self._steps
+
     def _adjoints(self, seed: torch.Tensor) -> list[torch.Tensor | None]:
         """One gradient, in which each part keeps its adjoint."""
         with torch.no_grad():
-            sums = _Sums(self._slots)
+            sums = Sums(self._slots)
             sums.add(self._end, seed)
             for step in reversed(self._steps):
                 y_g = [sums.take(s) for s in step.outputs]
@@ -151,7 +166,7 @@ class Linearised:
         return kept
 
     def _backward(self, kept: list[Any], into: Sequence[torch.Tensor]) -> None:
-        sums = _Sums(self._slots)
+        sums = Sums(self._slots)
         n = self._params
         for step in reversed(self._steps):
             keep = kept.pop()
@@ -168,7 +183,7 @@ class Linearised:
                     sums.add(s, g)
 
 
-class _Sums:
+class Sums:
     """Adjoints by slot. The first one to arrive may be seen elsewhere as well and is not written; a sum of two is our own."""
 
     def __init__(self, slots: int) -> None:
@@ -188,15 +203,6 @@ class _Sums:
     def take(self, slot: int) -> torch.Tensor | None:
         value, self._values[slot] = self._values[slot], None
         return value
-
-
-def _together(calls: Sequence[Call]) -> int:
-    """How many vectors a pass takes. On a CPU more of them save only the cost of starting operations, and where their tangents outgrow
-    the cache and what the allocator keeps (glibc: 32 MiB a block) they cost more than they save."""
-    outputs = [t for call in calls for t in call.outputs]
-    if any(t.device.type != "cpu" for t in outputs):
-        return sys.maxsize
-    return max(TOGETHER // max([1, *(t.nbytes for t in outputs)]), 1)
 
 
 def _part(call: Call, by_rule: bool) -> tuple[Part, str]:

@@ -88,7 +88,9 @@ class Convolution(Part):
         out: list[Tensor | None] = [None] * self.inputs
         n = len(self.x)
         widths = ((y_gt[0], 1), (w_t, 1), (x_t, n))  # x_t is kept with b folded into the batch
-        b = next(len(t) // each for t, each in widths if t is not None)
+        b = next((len(t) // each for t, each in widths if t is not None), 0)
+        if b == 0:  # a tangent of the bias alone, and no adjoint: nothing bends
+            return out
         g_t = None if y_gt[0] is None else self._fold(y_gt[0])
         if self.on[0]:
             total: Tensor | None = None

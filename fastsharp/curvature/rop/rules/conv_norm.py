@@ -128,6 +128,10 @@ class ConvolutionNorm(Part):
             outs[self.places["skip"]] = place(g, into[self.places["skip"]] if into else None)
         return outs
 
+    def gradients(self, W_g: Tensor | None, c_g: Tensor | None) -> list[Tensor | None]:
+        """Adjoints of the parameters from those of W' (b, *weight's shape) and c' (b, out), to first order."""
+        return self._out(W_g, c_g, None, ())
+
     def _out(self, W_gt: Tensor | None, c_gt: Tensor | None, parameters: Any, into: Tangents) -> list[Tensor | None]:
         """Adjoints of weight, bias, gamma, beta from those of W', c'; `parameters` are s_t, W_t, c_t of the second terms."""
         out: list[Tensor | None] = [None] * self.inputs

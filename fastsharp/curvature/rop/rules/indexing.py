@@ -36,14 +36,14 @@ class Rows(Part):
         y_t = t.index_select(self.dim, self.index)
         if self.present is not None:
             y_t.mul_(self.present)
-        return [y_t.view(-1, *self.after)], None
+        return [y_t.view(len(y_t), *self.after)], None
 
     def backward(self, y_gt: Tangents, kept: Any, into: Tangents) -> list[torch.Tensor | None]:
         x_gt: list[torch.Tensor | None] = [None] * self.inputs
         (g,) = y_gt
         if g is None:
             return x_gt
-        rows = g.reshape(-1, *self.flat)
+        rows = g.reshape(len(g), *self.flat)
         if self.present is not None:
             rows = rows * self.present
         target = into[self.position] if into else None
