@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fastsharp
-from fastsharp import results
+from fastsharp import SampleEstimate, results
 from fastsharp.errors import DataFormatError, DataNotFoundError, InputError
 from fastsharp.params import ParamLayout
 from fastsharp.results import (
@@ -33,10 +33,12 @@ from fastsharp.results import (
     Explanation,
     GGNSpectrum,
     Invariance,
+    Landscape2D,
     LayerSpectra,
     LayerSpectrum,
     Report,
     Result,
+    Sharpness,
     Spectrum,
 )
 from fastsharp.results._export import LARGE, checksum
@@ -78,7 +80,9 @@ DENSITY = Density(
 )
 ESTIMATE = Estimate(value=1.5, stderr=math.nan, interval=(1.0, math.inf), confidence=0.95, samples=8, n_matvec=24, converged=False)
 SPECTRUM = Spectrum(eigenpairs=PAIRS, density=DENSITY, trace=ESTIMATE, frobenius=None, n_matvec=30, notes=("one",))
-COMPARED = Report({"trace": ESTIMATE}, {"trace": "curvature"}, {"margin": "no classes"}, SPECTRUM, None, None, {"products": 30.0}, ("a report",))
+COMPARED = Report(
+    {"trace": ESTIMATE}, {"trace": "curvature"}, {"margin": "no classes"}, SPECTRUM, None, None, {"products": 30.0}, ("a report",)
+)
 INVARIANCE = Invariance(
     measures=("trace", "margin"),
     rescalings=("0 x 4, 2 / 4", "temperature 2"),
@@ -110,11 +114,30 @@ COMPARISON = Comparison(
     measures={"trace": ESTIMATE},
     skipped={"margin": "in a: no classes"},
 )
+SHARPNESS = Sharpness(0.5, 0.1, (0.25, 0.75), 0.95, 8, 0, True, ("paired",), noise_floor=math.nan, changes=f64(0.5, -0.25), passes=9.0)
+PER_SAMPLE = SampleEstimate(2.0, 0.0, (2.0, 2.0), 0.9, 3, 0, True, per_sample=f64(1.0, math.inf, -0.0))
+LANDSCAPE = Landscape2D(1.5, f64(-1.0, 0.0, 1.0), f64(0.5, 0.0, 0.25)[None], f64(0.75), f64(-0.0), f64(), torch.empty(0, 0).double())
+REPORT = Report(
+    measures={"trace": ESTIMATE, "sam": SHARPNESS, "margin": PER_SAMPLE},
+    groups={"trace": "curvature", "sam": "perturbation", "margin": "function"},
+    skipped={"input_jacobian": 'no <float> "inputs"'},
+    spectrum=SPECTRUM,
+    layers=None,
+    landscape=LANDSCAPE,
+    cost={"products": 7.0, "seconds.curvature": math.inf},
+    notes=("<script>alert(1)</script>",),
+    settings={"parts": ["curvature"], "rho": 0.005},
+    provenance={"model": "Net"},
+)
 RESULTS: dict[str, Result] = {
     "eigenpairs": PAIRS,
     "density": DENSITY,
     "estimate": ESTIMATE,
     "spectrum": SPECTRUM,
+    "sharpness": SHARPNESS,
+    "sample_estimate": PER_SAMPLE,
+    "landscape": LANDSCAPE,
+    "report": REPORT,
     "bracket": Bracket(1.0, 2.0, 1.5, 0.95, 10, 100, 5, ((10, 1.0, 2.0), (20, -math.inf, 1.75)), True),
     "explanation": Explanation("rop", {"mlp": "a convolution"}, (Calls("aten::gelu", 3, "rule", ("a", "")),), "", {"mlp": "wide"}),
     "invariance": INVARIANCE,
@@ -165,7 +188,7 @@ def test_the_comparison_sees_a_difference() -> None:
 
 def test_every_result_is_a_case_here() -> None:
     """A new class of results is a Result, so that it can be saved, and has its sample and golden files."""
-    classes = {c for c in vars(results).values() if isinstance(c, type) and dataclasses.is_dataclass(c)} - NESTED
+    classes = {c for c in vars(results).values() if isinstance(c, type) and dataclasses.is_dataclass(c)} - NESTED | {SampleEstimate}
     assert {type(r) for r in RESULTS.values()} == classes
     for cls in classes:
         assert issubclass(cls, Result)

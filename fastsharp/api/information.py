@@ -14,6 +14,7 @@ from fastsharp.curvature import GGN, Fisher
 from fastsharp.errors import ArgumentTypeError, InputError, NotConvergedWarning
 from fastsharp.krylov import trace as solvers
 from fastsharp.krylov.lanczos import lanczos as krylov_lanczos
+from fastsharp.krylov.radau import RadauQuadrature
 from fastsharp.measures.information import check_damping
 from fastsharp.measures.information import tic as tic_by_probes
 from fastsharp.params import Selector
@@ -52,6 +53,7 @@ def soft_rank(
     build: dict[str, Any] = {"params": params, "reduction": reduction, "bn": bn, "dropout": dropout, "backend": backend}
     G, check, c, spent = _damped("soft_rank", model, loader, loss_fn, damping, {**build, "memory": memory, "seed": seed}, preflight)
     options: dict[str, Any] = {"rtol": rtol, "confidence": confidence, "max_products": max_products, "seed": seed, "check": check}
+    options["quadrature"] = RadauQuadrature
     with torch.inference_mode(False), torch.no_grad():
         found = solvers.trace_function(G, f=lambda x: x.clamp_min(0.0) / (x.clamp_min(0.0) + c), **options)
     return replace(found, n_matvec=found.n_matvec + spent, settings={**found.settings, "damping": damping, "c": c})
