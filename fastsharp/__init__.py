@@ -34,7 +34,9 @@ from fastsharp.api import relative_flatness as relative_flatness
 from fastsharp.api import row_norms as row_norms
 from fastsharp.api import sample_curvature as sample_curvature
 from fastsharp.api import sharpness as sharpness
+from fastsharp.api import soft_rank as soft_rank
 from fastsharp.api import spectrum as spectrum
+from fastsharp.api import tic as tic
 from fastsharp.api import trace as trace
 from fastsharp.api import trace_function as trace_function
 from fastsharp.composite import DiagonalOperator as DiagonalOperator

@@ -45,6 +45,8 @@ CALLS = {
     "row_norms",
     "sample_curvature",
     "sharpness",
+    "soft_rank",
+    "tic",
     "spectrum",
     "trace",
     "trace_function",

@@ -8,6 +8,8 @@ from fastsharp.api.diagonal import row_norms as row_norms
 from fastsharp.api.eigenpairs import lanczos as lanczos
 from fastsharp.api.explain import explain as explain
 from fastsharp.api.ggn_spectrum import ggn_spectrum as ggn_spectrum
+from fastsharp.api.information import soft_rank as soft_rank
+from fastsharp.api.information import tic as tic
 from fastsharp.api.invariance import invariance as invariance
 from fastsharp.api.layer_spectra import layer_spectra as layer_spectra
 from fastsharp.api.measure import measure as measure
