@@ -282,6 +282,10 @@ def test_shared_weights() -> None:
     shared = nn.Linear(5, 5).double()
     _, refused = scalings(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(5, 3).double()), data())
     assert list(refused) == ["0 -> 4"]
+    two = nn.Sequential(nn.Linear(5, 5, bias=False), nn.ReLU(), nn.Linear(5, 5, bias=False), nn.ReLU(), nn.Linear(5, 3)).double()
+    two[2].weight = two[0].weight
+    found, refused = scalings(two, data())
+    assert not found and refused["0 -> 2"] == "the two share one weight"
 
 
 def test_models_that_compute_their_own_loss() -> None:
@@ -317,6 +321,7 @@ def test_a_move_is_a_change_beyond_its_error() -> None:
     assert bool((found.errors > 0).all()) and found.survives("trace", "layers") is False
     held = dataclasses.replace(found, errors=found.errors + 1e6)
     assert not bool(held.moved.any()) and held.survives("trace", "layers") is True
+    assert not bool(dataclasses.replace(found, errors=(found.values - found.base).abs()).moved.any())
     assert torch.equal(found.ratios, found.values / found.base)
     zero = dataclasses.replace(found, base=torch.zeros_like(found.base))
     assert bool(zero.ratios.isnan().all())

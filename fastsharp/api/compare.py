@@ -154,8 +154,8 @@ def _ratios(a: Report, b: Report) -> tuple[dict[str, Estimate], dict[str, str]]:
     skipped: dict[str, str] = {}
     for name in dict.fromkeys((*a.measures, *a.skipped, *b.measures, *b.skipped)):
         for which, report in (("a", a), ("b", b)):
-            if name in report.skipped:
-                skipped[name] = f"in {which}: {report.skipped[name]}"
+            if name not in report.measures:
+                skipped[name] = f"in {which}: {report.skipped.get(name, 'not measured')}"
             elif not math.isfinite(report.measures[name].value):
                 skipped[name] = f"it has no value in {which}"
         if name not in skipped and a.measures[name].value == 0:
