@@ -24,6 +24,7 @@ from fastsharp.params import ParamLayout
 from fastsharp.results import (
     Bracket,
     Calls,
+    Comparison,
     Coupling,
     Density,
     DiagonalEstimate,
@@ -31,6 +32,7 @@ from fastsharp.results import (
     Estimate,
     Explanation,
     GGNSpectrum,
+    Invariance,
     Landscape2D,
     LayerSpectra,
     LayerSpectrum,
@@ -77,9 +79,43 @@ DENSITY = Density(
     n_matvec=4,
 )
 ESTIMATE = Estimate(value=1.5, stderr=math.nan, interval=(1.0, math.inf), confidence=0.95, samples=8, n_matvec=24, converged=False)
+SPECTRUM = Spectrum(eigenpairs=PAIRS, density=DENSITY, trace=ESTIMATE, frobenius=None, n_matvec=30, notes=("one",))
+COMPARED = Report(
+    {"trace": ESTIMATE}, {"trace": "curvature"}, {"margin": "no classes"}, SPECTRUM, None, None, {"products": 30.0}, ("a report",)
+)
+INVARIANCE = Invariance(
+    measures=("trace", "margin"),
+    rescalings=("0 x 4, 2 / 4", "temperature 2"),
+    kinds=("layers", "temperature"),
+    base=f64(1.5, -0.0),
+    values=torch.tensor([[6.0, 0.0], [math.nan, 0.25]], dtype=torch.float64),
+    errors=torch.tensor([[0.5, 1e-9], [math.inf, 1e-9]], dtype=torch.float64),
+    outputs=f64(0.0, 1e-16),
+    applicable=("0 x 4, 2 / 4", "2 x 4, 4 / 4", "temperature 2"),
+    refused={"4 -> 6": "between them: Tanh"},
+    skipped={"fisher_rao": "no samples"},
+)
+COMPARISON = Comparison(
+    a=COMPARED,
+    b=dataclasses.replace(COMPARED, measures={"trace": dataclasses.replace(ESTIMATE, value=3.0)}),
+    k=2,
+    overlap=0.5,
+    overlap_error=1e-3,
+    angles=f64(0.25, 1.25),
+    random_overlap=2 / 3,
+    w1=0.125,
+    w1_bound=math.inf,
+    w1_confidence=0.9,
+    t=f64(-0.25, 0.0, 1.0),
+    losses=f64(math.inf, 0.5, 0.25),
+    barrier=0.0,
+    barrier_at=0.0,
+    disagreement=None,
+    measures={"trace": ESTIMATE},
+    skipped={"margin": "in a: no classes"},
+)
 SHARPNESS = Sharpness(0.5, 0.1, (0.25, 0.75), 0.95, 8, 0, True, ("paired",), noise_floor=math.nan, changes=f64(0.5, -0.25), passes=9.0)
 PER_SAMPLE = SampleEstimate(2.0, 0.0, (2.0, 2.0), 0.9, 3, 0, True, per_sample=f64(1.0, math.inf, -0.0))
-SPECTRUM = Spectrum(eigenpairs=PAIRS, density=DENSITY, trace=ESTIMATE, frobenius=None, n_matvec=30, notes=("one",))
 LANDSCAPE = Landscape2D(1.5, f64(-1.0, 0.0, 1.0), f64(0.5, 0.0, 0.25)[None], f64(0.75), f64(-0.0), f64(), torch.empty(0, 0).double())
 REPORT = Report(
     measures={"trace": ESTIMATE, "sam": SHARPNESS, "margin": PER_SAMPLE},
@@ -104,6 +140,8 @@ RESULTS: dict[str, Result] = {
     "report": REPORT,
     "bracket": Bracket(1.0, 2.0, 1.5, 0.95, 10, 100, 5, ((10, 1.0, 2.0), (20, -math.inf, 1.75)), True),
     "explanation": Explanation("rop", {"mlp": "a convolution"}, (Calls("aten::gelu", 3, "rule", ("a", "")),), "", {"mlp": "wide"}),
+    "invariance": INVARIANCE,
+    "comparison": COMPARISON,
 }
 LAYOUT = ParamLayout(("0.weight",), ((2,),), (0, 2))
 LAYER = LayerSpectrum(

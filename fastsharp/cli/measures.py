@@ -85,7 +85,8 @@ def compare(args: argparse.Namespace) -> int:
     describe(console, f"{args.model}, a: {args.weights[0]}, b: {args.weights[1]}", modes[0], images)
     batches = batches_of(images, next(models[0].parameters()).device, args.batch_size, one_hot=args.loss == "mse")
     with warnings_as_lines():
-        found: Any = fastsharp.compare(*models, batches, loss_of(args.loss), **{key: getattr(args, key) for key in _COMPARE})  # type: ignore[attr-defined]
+        a, b = models
+        found = fastsharp.compare(a, b, batches, loss_of(args.loss), **{key: getattr(args, key) for key in _COMPARE})
     console.print(found.table())
     for note in found.notes:
         line(console, "note", note)
