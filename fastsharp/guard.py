@@ -2,7 +2,7 @@
 
 What is switched inside: gradients on, inference mode and autocast off, attention on the MATH kernel (the fused ones have
 no second derivative), TF32 and bf16 matmuls off, cuDNN RNNs off, BatchNorm and Dropout as the caller chose, activation checkpoints
-off: what they recompute in a backward pass would run in the modes of that moment, not in the chosen ones.
+off: what they recompute in a backward pass would run in the modes of that moment, not in the chosen ones; weight norm written out.
 """
 
 from __future__ import annotations
@@ -180,6 +180,19 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _WeightNorm(TorchFunctionMode):
+    """g v / ||v|| written out. torch's fused kernel keeps ||v|| as a constant of its backward pass: its second derivative is not symmetric."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 @contextmanager
 def untouched(
     model: nn.Module, device: torch.device, *, by_value: bool = False, forward: bool = True, tf32: bool = False
@@ -199,6 +212,7 @@ def untouched(
         _set(stack, torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
         _set_precision(stack, model, device, tf32)
         _without_checkpoints(stack)
+        stack.enter_context(_WeightNorm())
         if "torch._dynamo" in sys.modules:  # compiled graphs have no second derivative
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         held = [

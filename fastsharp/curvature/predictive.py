@@ -61,6 +61,7 @@ class Categorical(Predictive):
 
     def curvature(self, u: Tensor) -> Tensor:
         u = u.movedim(self.dim, -1)
+        u = u - u.gather(-1, self.p.argmax(-1, keepdim=True).expand(*u.shape[:-1], 1))  # H_L 1 = 0; now nothing cancels where p is near 1
         return (self.weight * self.p * (u - (self.p * u).sum(-1, keepdim=True))).movedim(-1, self.dim)
 
     def rounding(self, u: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import nn
 
 import fastsharp
 from fastsharp.errors import DisconnectedLossError
-from tests.models.hf import CLASSES, build, double_backward, gap, next_token_loss, padded, spread, tf
+from tests.models.double import double_backward, gap, spread
+from tests.models.hf import CLASSES, build, next_token_loss, padded, tf
 from tests.unchanged import refuses, unchanged
 
 pytestmark = [
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
 GATE = 1e-10
+ROUNDED = 8 * torch.finfo(torch.float32).eps  # where the reference itself casts to float32: RMS norms, rotations, T5's softmax
 LM = padded((6, 3, 5, 2, 6), 6)
 TEXT = {"input_ids": LM["input_ids"], "attention_mask": LM["attention_mask"], "labels": torch.arange(5) % CLASSES}
 TAGS = LM | {"labels": LM["labels"].remainder(CLASSES).masked_fill(LM["labels"] == -100, -100)}
@@ -35,13 +37,17 @@ FAMILIES = {
     "GPT2LMHeadModel": LM,
     "GPT2ForSequenceClassification": TEXT,
     "ViTForImageClassification": IMAGES,
+    "DistilBertForSequenceClassification": TEXT,
+    "LlamaForCausalLM": LM,
+    "T5ForConditionalGeneration": LM,
 }
 
 
 def own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy from logits in float64; transformers' own would round them to float32 first."""
-    logits, labels = model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"]
-    if "LMHead" in type(model).__name__:
+    given = batch if "Conditional" in type(model).__name__ else {k: v for k, v in batch.items() if k != "labels"}
+    logits, labels = model(**given).logits, batch["labels"]  # an encoder and decoder shifts the labels to get its inputs
+    if "LM" in type(model).__name__ and "Masked" not in type(model).__name__:
         logits, labels = logits[:, :-1], labels[:, 1:]
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
@@ -53,7 +59,7 @@ def test_products_are_those_of_double_backward(name: str, attention: str) -> Non
     V, HV = double_backward(reference, lambda: own_loss(reference, batch))  # sdpa casts nothing; eager attention does
     with unchanged(model):
         hessian, ggn = fastsharp.Hessian(model, [batch]), fastsharp.GGN(model, [batch])
-        assert gap(hessian.apply(V), HV) <= GATE
+        assert gap(hessian.apply(V), HV) <= (ROUNDED if name.startswith(("Llama", "T5")) else GATE)
         assert gap(ggn.apply(V), fastsharp.GGN(model, [batch], backend="autograd").apply(V)) <= GATE
         fastsharp.lanczos(model, [batch], k=1, tol=1e-2)
     assert gap(ggn.apply(V), HV) > 1e-4

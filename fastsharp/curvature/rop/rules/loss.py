@@ -186,7 +186,10 @@ class CrossEntropy(Part):
         self.inputs = len(call.inputs)
         self.c = c.unsqueeze(1)
         self.p = z.softmax(1)
-        self.r = (self.p * self.c).scatter_add_(1, index.unsqueeze(1), -self.c)
+        target = index.unsqueeze(1)
+        missing = self.p.scatter(1, target, 0.0).sum(1, keepdim=True)  # 1 - p_target, without cancellation where the net is sure
+        self.r = (self.p * self.c).scatter_(1, target, -self.c * missing)
+        self.top = self.p.argmax(1, keepdim=True)
         self.weight: torch.Tensor | None = None  # y_g c, (rows, 1)
         self.curved: torch.Tensor | None = None  # y_g c p, where torch's own passes take the product
         self.fused = dual.fused(z) and (not z.is_cpu or z.shape[1] >= FUSED_CLASSES)
@@ -215,10 +218,10 @@ class CrossEntropy(Part):
         return [total, *[None] * (self.inputs - 1)]
 
     def _curvature(self, t: torch.Tensor) -> torch.Tensor:
-        """y_g c p (t - <p, t>)."""
+        """y_g c p (t - <p, t>). A constant added to a row of t changes nothing; with t zero at the largest p, nothing cancels where p is near 1."""
         assert self.weight is not None
+        t = (t - t.gather(2, self.top.expand(len(t), -1, -1))).contiguous()
         if self.curved is None:
-            t = t.contiguous()
             return dual.softmax_product(self.p, t, out=torch.empty_like(t), weight=self.weight.squeeze(1))
         out = t * self.curved
         return out.addcmul_(self.p, out.sum(2, keepdim=True), value=-1)
