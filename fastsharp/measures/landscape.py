@@ -84,8 +84,7 @@ class Landscape:
         gradient = torch.zeros_like(self.theta)
         with self.objective.quiet():
             for key, batch in self.parts(None) if parts is None else parts:
-                with torch.no_grad():
-                    loss, scale, count = self._at_base(key, batch)
+                loss, scale, count = self._at_base(key, batch)
                 leaves = [part.detach().requires_grad_() for part in self._views(self.theta + delta)]
                 value = self._loss(leaves, key, batch)
                 grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
@@ -120,7 +119,8 @@ class Landscape:
         """(loss, scale, count) of a batch at theta. A stream may form other batches in each pass, so nothing of it is remembered."""
         if key in self._base:
             return self._base[key]
-        value = self.objective.evaluate_unchecked(key, batch)
+        with torch.no_grad():  # reading a stream switches gradients back on
+            value = self.objective.evaluate_unchecked(key, batch)
         found = (self._finite(value.loss[None])[0].item(), value.scale, value.count or 0.0)
         if not self.objective.batches.streamed:
             self._base[key] = found
@@ -130,10 +130,12 @@ class Landscape:
         """The batch's loss (K,) float64 at theta + delta_k."""
         if self.stacked and len(deltas) > 1:
             try:
-                return self._finite(self._together(deltas, key, batch))
+                with torch.no_grad():
+                    return self._finite(self._together(deltas, key, batch))
             except (RuntimeError, ValueError, TypeError, NotImplementedError):
                 self.stacked = False  # a model that asks for numbers on its way, or an op without a batching rule
-        each = [self._loss(self._views(self.theta + delta), key, batch) for delta in deltas]
+        with torch.no_grad():
+            each = [self._loss(self._views(self.theta + delta), key, batch) for delta in deltas]
         return self._finite(torch.stack(each))
 
     def _together(self, deltas: torch.Tensor, key: Any, batch: Any) -> torch.Tensor:
