@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_padded_batches_in_random_splits_are_the_unpadded_whole(lengths: list[in
     rows = sequences(lengths)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(rows) - 1)), max_size=len(rows))))
     edges = [0, *[c for c in cuts if c < len(rows)], len(rows)]
-    batches = [collate(rows[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    batches = [collate(rows[a:b]) for a, b in pairwise(edges)]
     assert gap(fastsharp.Hessian(LM(), batches, nn.CrossEntropyLoss()), unpadded(rows)) <= 1e-10
 
 
