@@ -34,8 +34,8 @@ WRAPPERS = {
 def test_the_model_inside_is_measured_and_named(name: str, gloo: None) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    wrapper = WRAPPERS[name](model)  # first: DistributedDataParallel writes the weights
     plain = fastsharp.Hessian(model, DATA, nn.CrossEntropyLoss())
-    wrapper = WRAPPERS[name](model)
     with unchanged(model):
         wrapped = fastsharp.Hessian(wrapper, DATA, nn.CrossEntropyLoss(), params=["0.*"])
     V = torch.eye(plain.n, dtype=torch.float64)
