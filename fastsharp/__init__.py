@@ -9,6 +9,7 @@ from fastsharp.api import batch_sharpness as batch_sharpness
 from fastsharp.api import boundary_tightness as boundary_tightness
 from fastsharp.api import bracket as bracket
 from fastsharp.api import coherence as coherence
+from fastsharp.api import compare as compare
 from fastsharp.api import critical_sharpness as critical_sharpness
 from fastsharp.api import density as density
 from fastsharp.api import diagonal as diagonal
@@ -20,6 +21,7 @@ from fastsharp.api import frobenius as frobenius
 from fastsharp.api import ggn_spectrum as ggn_spectrum
 from fastsharp.api import gradient_overlap as gradient_overlap
 from fastsharp.api import input_jacobian as input_jacobian
+from fastsharp.api import invariance as invariance
 from fastsharp.api import lanczos as lanczos
 from fastsharp.api import layer_spectra as layer_spectra
 from fastsharp.api import logdet as logdet
@@ -32,7 +34,9 @@ from fastsharp.api import relative_flatness as relative_flatness
 from fastsharp.api import row_norms as row_norms
 from fastsharp.api import sample_curvature as sample_curvature
 from fastsharp.api import sharpness as sharpness
+from fastsharp.api import soft_rank as soft_rank
 from fastsharp.api import spectrum as spectrum
+from fastsharp.api import tic as tic
 from fastsharp.api import trace as trace
 from fastsharp.api import trace_function as trace_function
 from fastsharp.composite import DiagonalOperator as DiagonalOperator
@@ -57,12 +61,14 @@ from fastsharp.operator import CountingOperator as CountingOperator
 from fastsharp.operator import DenseOperator as DenseOperator
 from fastsharp.operator import SymmetricOperator as SymmetricOperator
 from fastsharp.results import Bracket as Bracket
+from fastsharp.results import Comparison as Comparison
 from fastsharp.results import Density as Density
 from fastsharp.results import DiagonalEstimate as DiagonalEstimate
 from fastsharp.results import Eigenpairs as Eigenpairs
 from fastsharp.results import Estimate as Estimate
 from fastsharp.results import Explanation as Explanation
 from fastsharp.results import GGNSpectrum as GGNSpectrum
+from fastsharp.results import Invariance as Invariance
 from fastsharp.results import Landscape2D as Landscape2D
 from fastsharp.results import LayerSpectra as LayerSpectra
 from fastsharp.results import Report as Report

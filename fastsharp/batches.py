@@ -128,7 +128,7 @@ class Batches:
                 moved = self.in_order and self._orders[index : index + 1] != [hash(tuple(hashes))]
                 if moved or (self.ordered and self._by_batch[index : index + 1] != [own]):
                     raise NondeterministicOperatorError(
-                        f"batch {index} holds other samples than in the first pass, or in another order, and the products depend on it.\n"
+                        f"batch {index} holds other samples than in the first pass, or in another order, and the products depend on how they are grouped.\n"
                         "Switch off shuffle, or raise memory= so that the data are frozen after one pass."
                     )
                 yield index, self._moved(batch)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastsharp.results import Bracket, Eigenpairs, Estimate
+    from fastsharp.results import Bracket, Eigenpairs, Estimate, Report
 
 
 def listing(items: Sequence[str], most: int = 6) -> str:
@@ -306,7 +306,7 @@ class Interrupted(KeyboardInterrupt):
 class NotConvergedWarning(UserWarning):
     """At least one pair missed its tolerance; `.partial` holds all pairs with their flags."""
 
-    def __init__(self, message: str, partial: Eigenpairs | Estimate | Bracket) -> None:
+    def __init__(self, message: str, partial: Eigenpairs | Estimate | Bracket | Report) -> None:
         super().__init__(message)
         self.partial = partial
 

@@ -171,7 +171,7 @@ def test_operator_and_backend_are_those_of_lanczos():
     run = fastsharp.bracket(n.model, n.batches, n.loss_fn, operator="ggn", backend="autograd")
     assert run.samples == run.total == SAMPLES and run.lower <= top <= run.upper and run.upper - run.lower <= 1e-2 * top
     assert (run.settings["operator"], run.settings["backend"]) == ("ggn", "autograd")
-    with pytest.raises(InputError, match="operator='fisher' is none of"):
-        fastsharp.bracket(n.model, n.batches, n.loss_fn, operator="fisher")
+    with pytest.raises(InputError, match="operator='fischer' is none of"):
+        fastsharp.bracket(n.model, n.batches, n.loss_fn, operator="fischer")
     with pytest.raises(InputError, match="backend='jax' is none of"):
         fastsharp.bracket(n.model, n.batches, n.loss_fn, backend="jax")

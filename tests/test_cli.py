@@ -110,7 +110,7 @@ def test_matrices_and_backends_on_offer_are_those_of_the_library():
     from fastsharp.api.subject import OPERATORS
     from fastsharp.curvature.backends import BACKENDS
 
-    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
     offered = {a.dest: a.choices for a in commands.choices["lanczos"]._actions}
     assert set(offered["operator"]) == set(OPERATORS) and set(offered["backend"]) == set(BACKENDS)
 

@@ -194,7 +194,7 @@ def test_command_line_page_is_complete() -> None:
 
     text = (ROOT / "docs" / "how-to" / "command-line.md").read_text()
     sections = dict(zip(*[iter(re.split(r"^## (.*)\n", text, flags=re.MULTILINE)[1:])] * 2, strict=True))
-    actions = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    actions = [a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)]
     for command, parser in actions[0].choices.items():
         assert f"`fastsharp {command}" in text
         options = {o for a in parser._actions for o in a.option_strings} - {"-h", "--help"}

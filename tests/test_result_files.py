@@ -18,10 +18,29 @@ import pytest
 import torch
 
 import fastsharp
-from fastsharp import results
+from fastsharp import SampleEstimate, results
 from fastsharp.errors import DataFormatError, DataNotFoundError, InputError
 from fastsharp.params import ParamLayout
-from fastsharp.results import Bracket, Calls, Density, Eigenpairs, Estimate, Explanation, Result, Spectrum
+from fastsharp.results import (
+    Bracket,
+    Calls,
+    Comparison,
+    Coupling,
+    Density,
+    DiagonalEstimate,
+    Eigenpairs,
+    Estimate,
+    Explanation,
+    GGNSpectrum,
+    Invariance,
+    Landscape2D,
+    LayerSpectra,
+    LayerSpectrum,
+    Report,
+    Result,
+    Sharpness,
+    Spectrum,
+)
 from fastsharp.results._export import LARGE, checksum
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,14 +79,84 @@ DENSITY = Density(
     n_matvec=4,
 )
 ESTIMATE = Estimate(value=1.5, stderr=math.nan, interval=(1.0, math.inf), confidence=0.95, samples=8, n_matvec=24, converged=False)
+SPECTRUM = Spectrum(eigenpairs=PAIRS, density=DENSITY, trace=ESTIMATE, frobenius=None, n_matvec=30, notes=("one",))
+COMPARED = Report(
+    {"trace": ESTIMATE}, {"trace": "curvature"}, {"margin": "no classes"}, SPECTRUM, None, None, {"products": 30.0}, ("a report",)
+)
+INVARIANCE = Invariance(
+    measures=("trace", "margin"),
+    rescalings=("0 x 4, 2 / 4", "temperature 2"),
+    kinds=("layers", "temperature"),
+    base=f64(1.5, -0.0),
+    values=torch.tensor([[6.0, 0.0], [math.nan, 0.25]], dtype=torch.float64),
+    errors=torch.tensor([[0.5, 1e-9], [math.inf, 1e-9]], dtype=torch.float64),
+    outputs=f64(0.0, 1e-16),
+    applicable=("0 x 4, 2 / 4", "2 x 4, 4 / 4", "temperature 2"),
+    refused={"4 -> 6": "between them: Tanh"},
+    skipped={"fisher_rao": "no samples"},
+)
+COMPARISON = Comparison(
+    a=COMPARED,
+    b=dataclasses.replace(COMPARED, measures={"trace": dataclasses.replace(ESTIMATE, value=3.0)}),
+    k=2,
+    overlap=0.5,
+    overlap_error=1e-3,
+    angles=f64(0.25, 1.25),
+    random_overlap=2 / 3,
+    w1=0.125,
+    w1_bound=math.inf,
+    w1_confidence=0.9,
+    t=f64(-0.25, 0.0, 1.0),
+    losses=f64(math.inf, 0.5, 0.25),
+    barrier=0.0,
+    barrier_at=0.0,
+    disagreement=None,
+    measures={"trace": ESTIMATE},
+    skipped={"margin": "in a: no classes"},
+)
+SHARPNESS = Sharpness(0.5, 0.1, (0.25, 0.75), 0.95, 8, 0, True, ("paired",), noise_floor=math.nan, changes=f64(0.5, -0.25), passes=9.0)
+PER_SAMPLE = SampleEstimate(2.0, 0.0, (2.0, 2.0), 0.9, 3, 0, True, per_sample=f64(1.0, math.inf, -0.0))
+LANDSCAPE = Landscape2D(1.5, f64(-1.0, 0.0, 1.0), f64(0.5, 0.0, 0.25)[None], f64(0.75), f64(-0.0), f64(), torch.empty(0, 0).double())
+REPORT = Report(
+    measures={"trace": ESTIMATE, "sam": SHARPNESS, "margin": PER_SAMPLE},
+    groups={"trace": "curvature", "sam": "perturbation", "margin": "function"},
+    skipped={"input_jacobian": 'no <float> "inputs"'},
+    spectrum=SPECTRUM,
+    layers=None,
+    landscape=LANDSCAPE,
+    cost={"products": 7.0, "seconds.curvature": math.inf},
+    notes=("<script>alert(1)</script>",),
+    settings={"parts": ["curvature"], "rho": 0.005},
+    provenance={"model": "Net"},
+)
 RESULTS: dict[str, Result] = {
     "eigenpairs": PAIRS,
     "density": DENSITY,
     "estimate": ESTIMATE,
-    "spectrum": Spectrum(eigenpairs=PAIRS, density=DENSITY, trace=ESTIMATE, frobenius=None, n_matvec=30, notes=("one",)),
+    "spectrum": SPECTRUM,
+    "sharpness": SHARPNESS,
+    "sample_estimate": PER_SAMPLE,
+    "landscape": LANDSCAPE,
+    "report": REPORT,
     "bracket": Bracket(1.0, 2.0, 1.5, 0.95, 10, 100, 5, ((10, 1.0, 2.0), (20, -math.inf, 1.75)), True),
     "explanation": Explanation("rop", {"mlp": "a convolution"}, (Calls("aten::gelu", 3, "rule", ("a", "")),), "", {"mlp": "wide"}),
+    "invariance": INVARIANCE,
+    "comparison": COMPARISON,
 }
+LAYOUT = ParamLayout(("0.weight",), ((2,),), (0, 2))
+LAYER = LayerSpectrum(
+    "0", "Linear", ("0.weight",), 2, f64(2.0, -1.0), f64(0.0, 1e-9), f64(0.0, 1e-9), torch.tensor([True, True]), ESTIMATE, 5, "dense"
+)
+RESULTS |= {
+    "ggn_spectrum": GGNSpectrum(f64(3.0, 0.5), torch.eye(2), 2, 6, 3.5, math.hypot(3.0, 0.5), 1e-16, layout=LAYOUT),
+    "diagonal_estimate": DiagonalEstimate(f64(1.0, -0.0), f64(0.5, math.inf), (-1.96, 1.96), 0.95, 8, 16, layout=LAYOUT),
+    "layer_spectra": LayerSpectra(
+        (LAYER, dataclasses.replace(LAYER, norm=(2.2, 0.1), coupling=(0.0, math.nan), eigenvectors=torch.eye(2), layout=LAYOUT)),
+        Coupling((0.5, 0.1), (2.2, 0.1), (0.05, 0.01), 8, f64(1.0, 2.0)[None], None),
+        8,
+    ),
+}
+NESTED = {Calls, Coupling, LayerSpectrum}  # parts of results
 
 
 def same(a: Any, b: Any) -> bool:
@@ -99,7 +188,7 @@ def test_the_comparison_sees_a_difference() -> None:
 
 def test_every_result_is_a_case_here() -> None:
     """A new class of results is a Result, so that it can be saved, and has its sample and golden files."""
-    classes = {c for c in vars(results).values() if isinstance(c, type) and dataclasses.is_dataclass(c)} - {Calls}
+    classes = {c for c in vars(results).values() if isinstance(c, type) and dataclasses.is_dataclass(c)} - NESTED | {SampleEstimate}
     assert {type(r) for r in RESULTS.values()} == classes
     for cls in classes:
         assert issubclass(cls, Result)

@@ -295,7 +295,7 @@ def test_operator_and_backend_are_those_of_lanczos(task: Any) -> None:
     assert tracker.history[0].eigenvalues[0] == pytest.approx(top, rel=1e-3)
     assert (pairs.settings["operator"], pairs.settings["backend"]) == ("ggn", "autograd")
     assert top != pytest.approx(float(fastsharp.lanczos(model, [(x, y)], k=1, tol=1e-4, progress=False).eigenvalues[0]), rel=1e-3)
-    with pytest.raises(InputError, match="operator='fisher' is none of"):
-        Tracker(model, [(x, y)], operator="fisher")
+    with pytest.raises(InputError, match="operator='fischer' is none of"):
+        Tracker(model, [(x, y)], operator="fischer")
     with pytest.raises(InputError, match="backend='jax' is none of"):
         Tracker(model, [(x, y)], backend="jax")

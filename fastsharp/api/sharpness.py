@@ -66,8 +66,8 @@ def sharpness(
     loader, loss_fn, params, reduction, bn, dropout, memory, progress, strict_data   as in `fastsharp.lanczos`
 
     Returns Sharpness, an Estimate with `changes` (signed, by direction or part), `signed`, `noise_floor`. Larger is sharper; a mean
-    over samples whatever the batches. A rescaling of ReLU layers against each other changes it for scale "none"; with "adaptive", "layer"
-    and "filter", which measure relative to the weights, it does not where layers have no biases.
+    over samples whatever the batches. A rescaling of ReLU layers against each other changes it for scale "none"; with "adaptive" and
+    "filter", which measure relative to the weights, it does not, with "layer" it does not where layers have no biases.
     Cost: one forward pass over the data for each direction and 9 more; (3 steps + 1) passes for "worst", 5 for "ascent", and 8.
     Weights of several directions are evaluated together where that pays (small nets on a CPU, GPUs).
     Raises subclasses of FastsharpError: InputError for arguments, NonFiniteError where a perturbed loss is not finite,

@@ -254,7 +254,7 @@ def _xdiag(products: Products, m: int, confidence: float, seed: int, on_step: On
         rounding = (_ROUNDING * products.eps) ** 2 * z.square().sum(1)
         stderr[part] = (sample.var(1) / m + rounding).sqrt()
     t = quantiles.student((1 + confidence) / 2, m - 1)
-    note = "xdiag: leave-one-out estimates share their other probes, so intervals are approximate: stated 95 % held 86 to 95 % on test matrices"
+    note = "xdiag: leave-one-out estimates share their other probes, so intervals are approximate: stated 95 % held 85 to 95 % on test matrices"
     return _result(products, (value, stderr, (-t, t)), confidence, m, settings, note)
 
 

@@ -24,6 +24,7 @@ from fastsharp.results import Estimate
 OnStep = Callable[[int, tuple[float, ...], float], None]
 Absorb = Callable[[float, float, float], bool]
 
+_LEAST_RATE = 1e-12  # of a stage: beyond it quantiles run out of digits, and what is missed is rounding, no chance
 CUT_SHORT = "the run was cut short: the number of samples was not fixed in advance, so the interval may be too narrow"
 
 
@@ -117,7 +118,8 @@ class Run:
                 self._draw()
             interval = self.interval()
             missed = interval.half > self._wanted(interval.value)
-            if not missed or self._left() < self._cost * max(self.least // BLOCK, 1):
+            spent = self._left() < self._cost * max(self.least // BLOCK, 1) or self._rate(1) < _LEAST_RATE
+            if not missed or spent:
                 return self.estimate(interval, converged=not missed)
             count = min(self._size(interval.value), longest(self.seen))
 

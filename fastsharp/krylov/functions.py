@@ -75,16 +75,21 @@ class Quadrature:
             theta, S = run.blocks[0].solve()
             values = evaluate(self.f, scaled(theta, run.shift or 0), self.products.name)
             history.append(square * float((S[:, 0].square() * values).sum()))
-            missed = max(abs(history[-1] - v) for v in history[-1 - _LOOK_BACK : -1]) if len(history) > _LOOK_BACK else math.inf
             if run.blocks[0].closed:
-                missed = 0.0
+                value, missed = history[-1], 0.0
                 break
-            if missed <= max(self.rtol * abs(history[-1]), self.atol) or len(history) >= self.max_steps:
-                missed = missed if math.isfinite(missed) else abs(history[-1])
+            value, missed = self._known(history, run, square)
+            if missed <= max(self.rtol * abs(value), self.atol) or len(history) >= self.max_steps:
+                missed = missed if math.isfinite(missed) else abs(value)
                 break
         self.steps = max(self.steps, len(history))
         weights = (math.sqrt(square) * (S.T @ (values * S[:, 0])))[None].to(image.device)
         ops.combine(weights, run.V, out=image[None])
+        return value, missed
+
+    def _known(self, history: list[float], run: Tridiagonal, square: float) -> tuple[float, float]:
+        """z'f(H)z and what it may be off by, from the quadratures so far; `square` is ||z||^2."""
+        missed = max(abs(history[-1] - v) for v in history[-1 - _LOOK_BACK : -1]) if len(history) > _LOOK_BACK else math.inf
         return history[-1], missed
 
 

@@ -94,6 +94,7 @@ def spectrum(
     memory: int | None = None,
     host_memory: int | None = None,
     on_step: OnStep | None = None,
+    warn: bool = True,
 ) -> Spectrum:
     """k eigenpairs at each end, sum_i w_i delta(theta_i), tr H and ||H||_F from one Krylov space and probes beside it.
 
@@ -102,6 +103,7 @@ def spectrum(
     rtol, confidence, max_products  of trace and norm, as in `trace`: intervals of at most rtol |value| (or rtol ||H||_F) to each side
     ->             Spectrum; cost n_matvec = Krylov products + 2 k to verify + probes (+ 4 that test symmetry); memory as in `lanczos`,
                    without float16 or restarts, since the quadrature needs the whole of T
+    warn           False: missed tolerances show in `converged` alone
 
     Warnings and errors as in `lanczos` and `trace`; Ctrl-C raises Interrupted whose `.partial` is a Spectrum of what there is.
     """
@@ -133,6 +135,8 @@ def spectrum(
         raise
     result = run.result()
     assert result is not None and result.trace is not None and result.frobenius is not None
+    if not (warn or strict):
+        return result
     report_pairs(result.eigenpairs, Request(**{**vars(request), "strict": strict}), run.settled)
     report_failure("spectrum: trace", result.trace, strict)
     report_failure("spectrum: Frobenius norm", result.frobenius, strict)

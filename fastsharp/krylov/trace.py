@@ -136,11 +136,14 @@ def trace_function(
     check: str = "auto",
     on_step: OnStep | None = None,
     name: str = "trace_function",
+    assembled: int = _SMALL,
+    quadrature: type[Quadrature] = Quadrature,
 ) -> Estimate:
     """tr f(H) = E z'f(H)z by Lanczos quadrature of each probe; f maps eigenvalues, (m,) float64, to values of the same shape.
 
     Every probe costs the steps that its quadrature needs; the interval includes what the quadrature may miss. The matrix is
-    assembled and decomposed for n <= 64, and for n <= 2048 where the probes would cost more than n products. Other arguments, result and errors as for `trace`; InputError too where f is not finite.
+    assembled and decomposed for n <= `assembled`, and for n <= 2048 where the probes would cost more than n products. Other arguments, result
+    and errors as for `trace`; InputError too where f is not finite.
     """
     arguments = {"rtol": rtol, "atol": atol, "confidence": confidence, "method": "auto", "max_products": max_products, "seed": seed}
     check_arguments(name, pairs=None, check=check, **arguments)  # type: ignore[arg-type]
@@ -150,10 +153,10 @@ def trace_function(
     del arguments["method"]
 
     def run() -> Estimate:
-        if operator.n <= _SMALL:
+        if operator.n <= assembled:
             return exact()
         steps = min(_STEPS, max_products // 24)
-        sampler = Quadrature(products, f, seed, rtol, atol or 0.0, steps)
+        sampler = quadrature(products, f, seed, rtol, atol or 0.0, steps)
         ours = Run(
             products,
             sampler,

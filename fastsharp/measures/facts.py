@@ -156,7 +156,8 @@ def must_agree(what: str, values: torch.Tensor, whole: float, before: torch.Tens
 
     before   what the values were before anything cancelled in them: the batch's own sum is accurate to eps of these
     """
-    parts = float(values.detach().sum())
+    values, before = values.detach(), before.detach()
+    parts = float(values.sum())
     room = 1e-2 * float(values.abs().sum()) + 64 * torch.finfo(values.dtype).eps * float(before.abs().sum())
     if not abs(parts - whole) <= room:
         raise InputError(

@@ -37,6 +37,8 @@ class Landscape:
         self.passes = 0.0
         self.stacked = _stackable(objective)
         self._base: dict[Any, tuple[float, float, float]] = {}  # loss, scale, count by key; only where the data are frozen
+        self._gradient: torch.Tensor | None = None
+        self.floors: dict[int, float] = {}  # rounding of the losses by seed: several measures share one
         self._samples = float(objective.batches.count)
         self._check_repeats()
 
@@ -93,6 +95,12 @@ class Landscape:
         self.passes += 3 * samples / self._samples
         denominator = self._denominator(weight)
         return total / denominator, gradient / denominator
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of L at theta (n,), computed once."""
+        if self._gradient is None:
+            self._gradient = self.ascent(torch.zeros_like(self.theta))[1]
+        return self._gradient
 
     def weight(self, part: Part) -> float:
         """The share's denominator of a part: what its loss is a mean over."""

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fastsharp.errors import Interrupted, NonFiniteError
 from fastsharp.measures.ball import Ball
 from fastsharp.measures.landscape import Landscape
 from fastsharp.params import ParamLayout
@@ -24,21 +25,46 @@ def around(
 
     Lines reach to where the largest parabola lambda s^2 / 2 has risen by max(L, 0.1). The plane's directions are normal vectors, each row of a
     weight scaled to the norm of its weights, vectors left out; coordinates from -1 to 1 (Li et al. 2018).
+    Raises NonFiniteError where the loss is not finite that far out, Interrupted on Ctrl-C; both carry the lines so far as `.partial`.
     """
     loss = landscape.loss()
     top = max(float(values.abs().max()), torch.finfo(torch.float32).tiny)
     reach = math.sqrt(2 * _RISE * max(abs(loss), 0.1) / top)
     steps = torch.linspace(-reach, reach, POINTS, dtype=torch.float64)
-    lines = torch.stack([_changes(landscape, x, torch.zeros_like(x), steps) for x in vectors])
-    axis, plane = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
-    if grid:
-        ball = Ball(landscape.theta, layout, 1.0, scale="filter", norm="l2")
-        random = generator(seed)
-        a, b = (ball.delta(ball.on_sphere(normal(layout.n, random, landscape.theta.dtype, landscape.theta.device))) for _ in range(2))
-        axis = torch.linspace(-1, 1, grid, dtype=torch.float64)
-        plane = torch.stack([_changes(landscape, b, float(s) * a, axis) for s in axis])
     slopes = (vectors.double() @ gradient.double()).cpu()
-    return Landscape2D(loss, steps, lines, values.double().cpu(), slopes, axis, plane)
+    axis, plane = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
+    lines: list[torch.Tensor] = []
+
+    def drawn() -> Landscape2D:
+        k = len(lines)
+        return Landscape2D(loss, steps, torch.stack(lines), values.double().cpu()[:k], slopes[:k], axis, plane)
+
+    try:
+        for x in vectors:
+            lines.append(_changes(landscape, x, torch.zeros_like(x), steps))
+        if grid:
+            a, b = _plane_directions(landscape, layout, seed)
+            across = torch.linspace(-1, 1, grid, dtype=torch.float64)
+            rows = [_changes(landscape, b, float(s) * a, across) for s in across]
+            axis, plane = across, torch.stack(rows)
+    except (KeyboardInterrupt, NonFiniteError) as e:
+        partial = drawn() if lines else None
+        if isinstance(e, NonFiniteError):
+            e.__dict__["partial"] = partial
+            raise
+        raise Interrupted(f"interrupted after {len(lines)} of {len(vectors)} lines.", partial) from e
+    return drawn()
+
+
+def _plane_directions(landscape: Landscape, layout: ParamLayout, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two normal vectors, each row of a weight scaled to the norm of its weights."""
+    ball = Ball(landscape.theta, layout, 1.0, scale="filter", norm="l2")
+    random = generator(seed)
+
+    def one() -> torch.Tensor:
+        return ball.delta(ball.on_sphere(normal(layout.n, random, landscape.theta.dtype, landscape.theta.device)))
+
+    return one(), one()
 
 
 def _changes(landscape: Landscape, x: torch.Tensor, start: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -66,10 +66,14 @@ def random_sharpness(
 
 def noise_floor(landscape: Landscape, seed: int) -> float:
     """rms of L(theta (1 + eps s)) - L(theta) over random signs s: changes this small are rounding, whatever the landscape."""
+    if seed in landscape.floors:
+        return landscape.floors[seed]
     eps = torch.finfo(landscape.theta.dtype).eps
     random = generator(seed + 1)
     rows = [normal(len(landscape.theta), random, landscape.theta.dtype, landscape.theta.device).sign() for _ in range(_FLOOR_DRAWS)]
-    return float(landscape.changes(torch.stack([eps * landscape.theta.abs() * row for row in rows])).square().mean().sqrt())
+    changes = landscape.changes(torch.stack([eps * landscape.theta.abs() * row for row in rows]))
+    landscape.floors[seed] = float(changes.square().mean().sqrt())
+    return landscape.floors[seed]
 
 
 def worst_sharpness(
@@ -101,7 +105,7 @@ def worst_sharpness(
 
 
 def _one_step(landscape: Landscape, ball: Ball, of: list[Part] | None) -> float:
-    _, g = landscape.ascent(torch.zeros_like(landscape.theta), of)
+    g = landscape.gradient() if of is None else landscape.ascent(torch.zeros_like(landscape.theta), of)[1]
     u = ball.rho * ball.direction(ball.pulled(g))
     return float(landscape.changes(ball.delta(u)[None], of)[0])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsharp.plots import plot_density, plot_eigenpairs, plot_landscape, plot_plane
+from fastsharp.plots import plot_density, plot_eigenpairs, plot_landscape, plot_layers, plot_plane
 
 if TYPE_CHECKING:
     from fastsharp.results import Report
@@ -21,6 +21,9 @@ def figures(report: Report) -> dict[str, tuple[str, Callable[[], Any]]]:
         "eigenvalues.png": ("Eigenvalues at both ends, with their residuals.", lambda: plot_eigenpairs(spectrum.eigenpairs)),
         "density.png": ("Density of all eigenvalues; shaded: bounds of the share below.", lambda: plot_density(spectrum.density)),
     }
+    layers = report.layers
+    if layers is not None:
+        found["layers.png"] = ("Top eigenvalue and trace of each layer's diagonal block.", lambda: plot_layers(layers))
     drawn = report.landscape
     if drawn is not None:
         found["lines.png"] = (

@@ -19,7 +19,7 @@ MEANINGS: dict[str, Meaning] = {
     "lambda_min": Meaning("smallest eigenvalue of H", "nearer to convex", False, False),
     "trace": Meaning("tr H", "sharper", False, False),
     "frobenius": Meaning("||H||_F", "sharper", False, False),
-    "negative_share": Meaning("share of negative eigenvalues", "more of a saddle", False, False),
+    "negative_share": Meaning("share of negative eigenvalues", "more of a saddle", True, False),  # inertia
     "outliers": Meaning("eigenvalues above the bulk", "more sharp directions", False, False),
     "bulk_edge": Meaning("where the bulk ends", "sharper bulk", False, False),
     "effective_rank": Meaning("(tr H)^2 / ||H||_F^2", "curvature spread wider", False, False),
@@ -29,6 +29,8 @@ MEANINGS: dict[str, Meaning] = {
     "soft_rank": Meaning("tr G (G + cI)^-1", "more directions above c", False, False),
     "tic": Meaning("tr (G + cI)^-1 C", "more noise per curvature", False, False),
     "sam": Meaning("mean |L(theta + rho z/sqrt n) - L| / rho", "sharper", False, False),
+    "layer_sam": Meaning("the same, each layer moved by rho ||w||", "sharper", True, False),
+    "filter_sam": Meaning("the same, each filter moved by rho ||w||", "sharper", True, False),
     "ascent": Meaning("L(theta + rho g/||g||) - L", "sharper", False, False),
     "adaptive_ascent": Meaning("the same, weights measured by their size", "sharper", True, False),
     "gradient_norm": Meaning("||g||", "further from stationary", False, False),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsharp.report.figures import figures, png
 from fastsharp.report.meaning import GROUPS, MEANINGS
-from fastsharp.report.table import interval, number, rows
+from fastsharp.report.table import by_reason, interval, number, rows
 
 if TYPE_CHECKING:
     from fastsharp.results import Report
@@ -24,27 +25,36 @@ main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 28px; margin: 0 0 4px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 40px 0 12px; }
 .lead { color: var(--soft); margin: 0 0 28px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
+.cards { display: grid; grid-template-columns: repeat(3, 1fr); gap: 12px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
-.card b { display: block; font-size: 24px; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
+.card b { display: block; font-size: 26px; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
 .card span { color: var(--soft); font-size: 13px; }
-.card i { display: block; font-style: normal; color: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+.card i { display: block; font-style: normal; color: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; font-size: 13px; color: var(--soft); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.n { font-weight: 600; }
+td.v { font-weight: 600; }
+sub, sup { font-size: 0.75em; line-height: 0; }
 tr.group td { padding-top: 18px; font-weight: 600; color: var(--blue); border-bottom: 2px solid var(--line); }
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .soft { color: var(--soft); }
-.mark { display: inline-block; font-size: 11px; border: 1px solid var(--line); border-radius: 6px; padding: 0 6px; margin-right: 4px; color: var(--soft); }
+.mark { display: inline-block; font-size: 11px; border: 1px solid var(--line); border-radius: 6px; padding: 0 6px; margin: 0 4px 0 0; color: var(--soft); white-space: nowrap; }
 .warn { color: var(--amber); }
 figure { margin: 0 0 28px; }
 figure img { max-width: 100%; width: 760px; display: block; border: 1px solid var(--line); border-radius: 10px; background: #fff; }
 figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; max-width: 760px; }
+.facts td { overflow-wrap: anywhere; } .facts td:first-child { overflow-wrap: normal; white-space: nowrap; }
+@media (max-width: 720px) {
+  main { padding: 24px 14px 48px; } .cards { grid-template-columns: repeat(2, 1fr); gap: 8px; } .card { padding: 10px 12px; }
+  .card b { font-size: 20px; } th, td { padding: 6px; } .larger { display: none; } td { font-size: 13px; } code { font-size: 12px; }
+}
+@media print { .card, figure, tr { break-inside: avoid; } details { display: none; } }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--soft); }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e7ebf0; --soft: #9aa6b5; --line: #2c3541; --paper: #12161c; --card: #1a2029; --blue: #7fb2ef; --amber: #e2a04a; }
+  figure img { filter: brightness(0.92); }
 }
 """
 
@@ -83,9 +93,34 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
+_SIGNS = (
+    (r"\|\|", "‖"),
+    (r"\btheta\b", "θ"),
+    (r"\brho\b", "ρ"),
+    (r"\blambda\b", "λ"),
+    (r"\bsqrt ", "√"),
+    (r"&lt;(.*?)&gt;", r"⟨\1⟩"),
+    (r"&#x27;", "′"),
+    (r"\bgrad ", "∇"),
+    (r"\^(-?\w+)", r"<sup>\1</sup>"),
+    (r"_(\w+)", r"<sub>\1</sub>"),
+    (r" - ", " − "),
+    (r"<sup>-", "<sup>−"),
+)
+
+
+def _formula(text: str) -> str:
+    """A formula of `meaning` with its signs, exponents and indices."""
+    found = _text(text)
+    for pattern, sign in _SIGNS:
+        found = re.sub(pattern, sign, found)
+    return found
+
+
 def _card(report: Report, name: str) -> str:
     estimate = report.measures[name]
-    return f'<div class="card"><span>{_text(name)}</span><b>{number(estimate.value)}</b><i>{_text(interval(estimate))}</i></div>'
+    formula = _formula(MEANINGS[name].formula)
+    return f'<div class="card"><span><code>{name}</code></span><b>{number(estimate.value)}</b><i>{_text(interval(estimate, 3))}</i><i>{formula}</i></div>'
 
 
 def _table(report: Report) -> str:
@@ -95,11 +130,13 @@ def _table(report: Report) -> str:
             lines.append(f'<tr class="group"><td colspan="5">{_text(GROUPS[row.group])}</td></tr>')
             last = row.group
         lines.append(
-            f'<tr><td><code>{_text(row.name)}</code></td><td class="n">{row.value}</td><td class="n soft">{_text(row.interval)}</td>'
-            f"<td>{_text(row.formula)}{_marks(row.name)}</td><td class='soft'>{_text(row.larger)}</td></tr>"
+            f'<tr><td><code>{_text(row.name)}</code></td><td class="n v">{row.value}</td><td class="n soft">{_text(row.interval)}</td>'
+            f'<td>{_formula(row.formula)}{_marks(row.name)}</td><td class="soft larger">{_text(row.larger)}</td></tr>'
         )
-    head = '<tr><th>measure</th><th class="n">value</th><th class="n">interval</th><th>what it is</th><th>larger is</th></tr>'
-    return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
+    head = (
+        '<tr><th>measure</th><th class="n">value</th><th class="n">interval</th><th>what it is</th><th class="larger">larger is</th></tr>'
+    )
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _marks(name: str) -> str:
@@ -113,7 +150,10 @@ def _marks(name: str) -> str:
 def _skipped(report: Report) -> str:
     if not report.skipped:
         return ""
-    items = "".join(f"<li><code>{_text(name)}</code>: {_text(reason)}</li>" for name, reason in report.skipped.items())
+    items = "".join(
+        f"<li>{', '.join(f'<code>{_text(name)}</code>' for name in names)}: {_text(reason)}</li>"
+        for reason, names in by_reason(report).items()
+    )
     return f'<p class="warn">Not measured:</p><ul class="soft">{items}</ul>'
 
 
@@ -137,7 +177,7 @@ def _own(report: Report, notes: tuple[str, ...]) -> list[str]:
 def _facts(report: Report) -> str:
     pairs = [*report.settings.items(), *report.provenance.items(), *report.cost.items()]
     lines = "".join(f"<tr><td><code>{_text(k)}</code></td><td>{_text(_short(v))}</td></tr>" for k, v in pairs)
-    return f"<table><tbody>{lines}</tbody></table>"
+    return f'<table class="facts"><tbody>{lines}</tbody></table>'
 
 
 def _short(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsharp.report.meaning import GROUPS, MEANINGS
 
@@ -20,6 +20,7 @@ class Row(NamedTuple):
     name: str
     value: str
     interval: str
+    short: str  # the interval for a terminal
     formula: str
     larger: str
 
@@ -37,6 +38,7 @@ def rows(report: Report) -> list[Row]:
                         name,
                         number(estimate.value),
                         interval(estimate),
+                        interval(estimate, 3),
                         meaning.formula if meaning else "",
                         meaning.larger if meaning else "",
                     )
@@ -44,35 +46,53 @@ def rows(report: Report) -> list[Row]:
     return found
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """Four significant digits."""
-    return "none" if math.isnan(value) else f"{value:.4g}"
+    return "none" if math.isnan(value) else f"{value:.{digits}g}"
 
 
-def interval(estimate: Estimate) -> str:
-    """ "low to high", "exact" where nothing was left to chance or tolerance, "unknown" where there is no interval."""
+def interval(estimate: Estimate, digits: int = 4) -> str:
+    """ "low to high", "± half" where both ends look like the value; "exact" without doubt, "unknown" without an interval."""
     low, high = estimate.interval
     if math.isnan(low) or math.isnan(high):
         return "unknown"
     if low == high:
         return "exact"
-    return f"{number(low)} to {number(high)}"
+    ends = number(low, digits), number(high, digits)
+    if ends[0] == ends[1]:
+        return f"± {max(high - estimate.value, estimate.value - low):.1g}"
+    return f"{ends[0]} to {ends[1]}"
 
 
 def report_table(report: Report) -> Table:
-    """The table for a terminal of 100 columns."""
+    """The table for a terminal of 80 columns or more; what has no value stands below its reason, each reason once."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    t = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, style in (("measure", ""), ("value", "bold"), ("interval", ""), ("what", "dim"), ("larger is", "dim")):
-        t.add_column(column, style=style, justify="right" if column == "value" else "left")
+    t = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=_not_measured(report))
+    for column, style in (("measure", ""), ("value", "bold"), ("interval", ""), ("what", "dim")):
+        fixed = column != "what"
+        t.add_column(column, style=style, justify="right" if column == "value" else "left", no_wrap=fixed)
     last = ""
     for row in rows(report):
         if row.group != last:
-            t.add_row(f"[bold]{GROUPS[row.group]}[/]", "", "", "", "", end_section=False)
+            t.add_row(Text(GROUPS[row.group], style="bold"), "", "", "")
             last = row.group
-        t.add_row(f"  {row.name}", row.value, row.interval, row.formula.replace("[", r"\["), row.larger)
-    for name, reason in report.skipped.items():
-        t.add_row(f"  [dim]{name}[/]", "[dim]none[/]", "", f"not measured: {reason.split('.')[0]}", "")
+        t.add_row(*(Text(cell) for cell in (f" {row.name}", row.value, row.short, row.formula)))
     return t
+
+
+def _not_measured(report: Report) -> Any:
+    from rich.text import Text
+
+    lines = [f"not measured: {', '.join(names)}\n  {reason}" for reason, names in by_reason(report).items()]
+    return Text("\n".join(lines), style="dim") if lines else None
+
+
+def by_reason(report: Report) -> dict[str, list[str]]:
+    """{reason: the measures that have no value for it}."""
+    found: dict[str, list[str]] = {}
+    for name, reason in report.skipped.items():
+        found.setdefault(reason, []).append(name)
+    return found

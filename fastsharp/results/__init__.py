@@ -2,6 +2,7 @@
 
 from fastsharp.results._files import load as load
 from fastsharp.results.bracket import Bracket as Bracket
+from fastsharp.results.comparison import Comparison as Comparison
 from fastsharp.results.density import Density as Density
 from fastsharp.results.density import spacing as spacing
 from fastsharp.results.diagonal import DiagonalEstimate as DiagonalEstimate
@@ -10,6 +11,7 @@ from fastsharp.results.estimate import Estimate as Estimate
 from fastsharp.results.explanation import Calls as Calls
 from fastsharp.results.explanation import Explanation as Explanation
 from fastsharp.results.ggn_spectrum import GGNSpectrum as GGNSpectrum
+from fastsharp.results.invariance import Invariance as Invariance
 from fastsharp.results.layer_spectra import Coupling as Coupling
 from fastsharp.results.layer_spectra import LayerSpectra as LayerSpectra
 from fastsharp.results.layer_spectra import LayerSpectrum as LayerSpectrum

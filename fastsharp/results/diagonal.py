@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from fastsharp.params import ParamLayout
+from fastsharp.params import ParamLayout
+from fastsharp.results.result import Result
 
 
 @dataclass(frozen=True, eq=False)
-class DiagonalEstimate:
+class DiagonalEstimate(Result):
     """The diagonal of a symmetric operator, or the norms of its rows, entry by entry with standard errors."""
 
     value: torch.Tensor  # (n,) float64 on the operator's device

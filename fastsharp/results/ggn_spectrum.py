@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastsharp.errors import InputError
-
-if TYPE_CHECKING:
-    from fastsharp.params import ParamLayout
+from fastsharp.params import ParamLayout
+from fastsharp.results.result import Result
 
 
 @dataclass(frozen=True, eq=False)
-class GGNSpectrum:
+class GGNSpectrum(Result):
     """All non-zero eigenvalues of a Gauss-Newton matrix G (n, n), to rounding; nothing here is an estimate."""
 
     eigenvalues: torch.Tensor  # (rank,) float64 on the host, descending

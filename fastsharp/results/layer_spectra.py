@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastsharp.params import ParamLayout
 from fastsharp.results.estimate import Estimate
 from fastsharp.results.result import Result
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.table import Table
-
-    from fastsharp.params import ParamLayout
 
 
 @dataclass(frozen=True, eq=False)

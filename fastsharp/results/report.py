@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastsharp.results.estimate import Estimate
+from fastsharp.results.layer_spectra import LayerSpectra
 from fastsharp.results.result import Result
 from fastsharp.results.spectrum import Spectrum
 
@@ -37,10 +38,11 @@ class Report(Result):
     """Every measure with its error, the spectrum that many of them come from, and what could not be measured and why.
 
     measures     {name: Estimate}
-    groups       {name: what it is a measure of}: "curvature", "Gauss-Newton", "perturbation", "trajectory", "function"
+    groups       {name: what it is a measure of}: "curvature", "gauss-newton", "perturbation", "trajectory", "function"
     skipped      {name: reason}
     spectrum     of the Hessian
-    landscape    None where `landscape=False`
+    layers       top eigenvalue and trace of each layer's diagonal block; None where they were not asked for
+    landscape    None where the part was left out
     cost         products, gradients, forward passes over the data, and seconds by part
     """
 
@@ -48,6 +50,7 @@ class Report(Result):
     groups: Mapping[str, str]
     skipped: Mapping[str, str]
     spectrum: Spectrum
+    layers: LayerSpectra | None
     landscape: Landscape2D | None
     cost: Mapping[str, float]
     notes: tuple[str, ...] = ()
@@ -57,6 +60,8 @@ class Report(Result):
     def __getitem__(self, name: str) -> Estimate:
         if name in self.skipped:
             raise KeyError(f"{name} was not measured: {self.skipped[name]}")
+        if name not in self.measures:
+            raise KeyError(f"there is no measure {name!r} in this report; there are {', '.join(self.measures)}")
         return self.measures[name]
 
     def table(self) -> Table:

@@ -23,7 +23,7 @@ class Result:
 
     def __init_subclass__(cls, *, version: int = 1) -> None:
         super().__init_subclass__()
-        cls.schema = "fastsharp." + re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        cls.schema = "fastsharp." + re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
         cls.schema_version = version
         KNOWN[cls.schema] = cls
 

@@ -41,8 +41,8 @@ from fastsharp.compat.hessian_eigenthings.param_utils import vector_to_params as
 
 _ABSENT = {
     "DDPHessianOperator": "products of several processes have no counterpart here",
-    "EmpiricalFisherOperator": "it is not served here",
-    "supervised_per_sample_loss": "it belongs to EmpiricalFisherOperator, which is not served here",
+    "EmpiricalFisherOperator": "use fastsharp.Fisher(model, loader, loss_fn, kind='empirical'), which takes the loss of a batch",
+    "supervised_per_sample_loss": "it belongs to EmpiricalFisherOperator; fastsharp.Fisher takes the loss of a batch",
     "lanczos_tridiagonal": "fastsharp keeps its Lanczos basis to itself; lanczos gives eigenpairs, spectral_density the quadrature",
     "LanczosTridiag": "fastsharp keeps its Lanczos basis to itself",
     "tlens_forward": "TransformerLens is not served here; write loss_fn(model, batch)",

@@ -1,0 +1,5 @@
+"""`python -m fastsharp.cli`."""
+
+from fastsharp.cli import main
+
+raise SystemExit(main())
