@@ -30,7 +30,7 @@ from fastsharp.graph_check import examine
 from fastsharp.guard import Modes, Watch, marks, same_values, untouched
 from fastsharp.locate import non_finite_loss
 from fastsharp.losses import Loss, Value
-from fastsharp.parallel import refuse_shares
+from fastsharp.parallel import refuse_shares, unwrapped
 from fastsharp.params import Selection, Selector, again, select
 from fastsharp.widening import CastsSeen, Doubling
 
@@ -70,6 +70,7 @@ class Objective:
         if loader is None:
             raise InputError("a model needs data: pass a DataLoader, a Dataset, a list of batches or one batch.")
         refuse_shares(model)
+        model, self._wrappers = unwrapped(model)
         self.model = model
         self.selection: Selection = select(model, params)
         self.modes = Modes(model, bn, dropout)
@@ -139,6 +140,8 @@ class Objective:
     def notes(self) -> list[str]:
         """What a result of this objective must say."""
         notes = self.selection.notes() + self.modes.notes() + list(self.loss.notes)
+        if self._wrappers:
+            notes.append(f"measured and named is the model inside {', '.join(self._wrappers)}")
         if self.reduction == "sum":
             notes.append("reduction 'sum': the matrix is that of the plain sum over examples, not of their mean")
         if self.loss.loss_fn is None:

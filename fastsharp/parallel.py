@@ -1,4 +1,4 @@
-"""Models of which this process holds a part only: refused, since no one process knows their curvature."""
+"""Models in wrappers: taken out of them, or refused where this process holds only a part, whose curvature no one process knows."""
 
 from __future__ import annotations
 
@@ -26,6 +26,24 @@ def refuse_shares(model: nn.Module) -> None:
                 f"{_called(name)} is sharded (FSDP): this process holds a part of its parameters.\n"
                 "Gather a full state_dict, and measure a plain copy of the model on one process."
             )
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel, and the wrappers' names from outside in.
+
+    A wrapper with forward hooks of its own stays, and so do parameters' longer names: the hooks are part of the function.
+    """
+    names = []
+    while not (model._forward_hooks or model._forward_pre_hooks):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner: nn.Module = model.module
+        elif type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            inner = model._orig_mod  # type: ignore[assignment]
+        else:
+            break
+        names.append("torch.compile" if type(model).__name__ == "OptimizedModule" else type(model).__name__)
+        model = inner
+    return model, names
 
 
 def _called(name: str) -> str:
