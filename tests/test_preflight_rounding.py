@@ -19,22 +19,24 @@ def classes(n: int, of: int) -> torch.Tensor:
     return torch.arange(n) % of
 
 
+@pytest.mark.parametrize("backend", ["autograd", "rop", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
-def test_a_network_trained_to_a_loss_near_zero_passes_and_its_rounding_is_told(activation, dtype):
+def test_a_network_trained_to_a_loss_near_zero_passes_and_its_rounding_is_told(activation, dtype, backend):
     model = mlp((8, 32, 10), activation).to(dtype)
     data = (torch.randn(40, 8, dtype=dtype), classes(40, 10))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(1200):
+    for _ in range(2500):  # autograd in float32 has lost three digits by then
         optimizer.zero_grad()
         loss = F.cross_entropy(model(data[0]), data[1])
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 1e-3
-    hessian = fastsharp.Hessian(model, data)
+    hessian = fastsharp.Hessian(model, data, backend=backend)
     outcome = preflight(hessian)
     assert outcome["finite_difference"] <= UNDECIDED
-    if dtype == torch.float32:  # 1 - p for p near 1 keeps few digits: the product itself is off, and its result says by how much
+    # autograd's 1 - p for p near 1 keeps few digits: its product is off, and the result says by how much; our own rules keep them
+    if dtype == torch.float32 and backend == "autograd":
         assert outcome["rounding"] > ROUNDING_NOTE
         exact = fastsharp.Hessian(mlp((8, 32, 10), activation).double(), (data[0].double(), data[1]))
         exact.objective.model.load_state_dict(model.state_dict())

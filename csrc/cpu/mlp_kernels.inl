@@ -33,16 +33,26 @@ template <class T> FS_TARGET void scaled(const T* f, const T* c, const T* z, T* 
     }
 }
 
+// u <- w H_loss u for the samples of a tile. For the cross-entropy p (u - <p, u>), where a constant added to u changes nothing: with u
+// zero at the largest p nothing cancels where a sample is classified for certain, and what is left is of the size of 1 - p.
 template <class T> FS_TARGET void loss_hessian(const Tile<T>& t, MlpLoss loss, T* u, i64 classes) {
     for (i64 i = 0; i < t.lanes; i += kWidth<T>) {
         const auto w = load<Vec<T>>(t.w + i);
-        Vec<T> mean{};
+        Vec<T> mean{}, shift{};
         if (loss == MlpLoss::cross_entropy) {
+            auto top = load<Vec<T>>(t.p + i);
+            shift = load<Vec<T>>(u + i);
+            for (i64 k = i + kSamples<T>; k < classes * kSamples<T>; k += kSamples<T>) {
+                const auto p = load<Vec<T>>(t.p + k);
+                const auto larger = p > top;
+                top = larger ? p : top;
+                shift = larger ? load<Vec<T>>(u + k) : shift;
+            }
             for (i64 k = i; k < classes * kSamples<T>; k += kSamples<T>)
-                mean += load<Vec<T>>(t.p + k) * load<Vec<T>>(u + k);
+                mean += load<Vec<T>>(t.p + k) * (load<Vec<T>>(u + k) - shift);
         }
         for (i64 k = i; k < classes * kSamples<T>; k += kSamples<T>) {
-            Vec<T> value = w * (load<Vec<T>>(u + k) - mean);
+            Vec<T> value = w * ((load<Vec<T>>(u + k) - shift) - mean);
             if (loss == MlpLoss::cross_entropy)
                 value *= load<Vec<T>>(t.p + k);
             __builtin_memcpy(u + k, &value, sizeof value);

@@ -229,9 +229,10 @@ def _primal(net: Net, theta: Tensor, x: Tensor, target: Tensor, weight: Tensor) 
     p: Tensor | None = None
     if net.loss == "cross_entropy":
         p = z.softmax(-1)
-        hot = torch.zeros_like(p).scatter_(-1, target.clamp(0, net.widths[-1] - 1)[..., None], 1.0)
-        losses = -(z.log_softmax(-1) * hot).sum(-1)
-        last = weight[..., None] * (p - hot)
+        label = target.clamp(0, net.widths[-1] - 1)[..., None]
+        losses = -z.log_softmax(-1).gather(-1, label).squeeze(-1)
+        others = p.scatter(-1, label, 0.0)  # p_y - 1 as minus the sum of the other p: no digits are lost where the net is sure
+        last = weight[..., None] * others.scatter(-1, label, -others.sum(-1, keepdim=True))
     else:
         losses = (z - target).square().sum(-1) / 2
         last = weight[..., None] * (z - target)

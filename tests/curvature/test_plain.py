@@ -98,7 +98,6 @@ def wrapped_function(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "compiled": (lambda: torch.compile(net(), backend="eager"), None),
     "compiled in place": (with_(lambda m: m.compile(backend="eager")), None),
     "scripted": (lambda: torch.jit.script(net()), None),
     "forward hook": (with_(lambda m: m[1].register_forward_hook(lambda *a: None)), None),
@@ -133,6 +132,13 @@ def test_others_are_not_and_no_note_is_left(name: str) -> None:
     assert not any("mlp" in note or "linear layer" in note or "hook" in note for note in auto.notes if "engine cannot" not in note)
     want = fastsharp.Hessian(model, [(X, Y)], loss, reduction="mean", backend="autograd") @ v
     assert float((got - want).norm()) <= 1e-5 * float(want.norm())
+
+
+def test_a_compiled_net_is_the_net_that_was_compiled() -> None:
+    auto = fastsharp.Hessian(torch.compile(net(), backend="eager"), [(X, Y)])
+    assert auto.backend == "mlp" and any("compile" in note for note in auto.notes)
+    v = torch.randn(auto.n, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(auto @ v, fastsharp.Hessian(net(), [(X, Y)]) @ v)
 
 
 def test_a_hook_that_comes_between_construction_and_the_first_product_is_seen() -> None:

@@ -33,6 +33,7 @@ def mlp(primal: Primal) -> tuple[Product, int]:
         u, w = zs[-1], of_rows(primal.w)[..., None]
         if primal.p is not None:
             p = of_rows(primal.p)
+            u = u - u.gather(-1, p.argmax(-1, keepdim=True))  # changes nothing, and nothing cancels where the net is sure
             u = p * (u - (p * u).sum(-1, keepdim=True))
         y = w * u
         for l in range(L, 0, -1):  # noqa: E741
