@@ -60,6 +60,8 @@ def products(A: SymmetricOperator, singles: int, rest: int) -> tuple[float, floa
 
 @pytest.mark.timeout(7200)
 def test_the_whole_call_beside_its_products(benchmark: Any) -> None:
+    if QUICK:
+        pytest.skip("the whole call on a ResNet takes minutes whatever the images; tests/measures runs it on small nets")
     model, _ = CASES["resnet-20"](16)
     g = torch.Generator().manual_seed(2)
     sizes = [min(BATCH, IMAGES - i) for i in range(0, IMAGES, BATCH)]
