@@ -321,3 +321,8 @@ class UnstableDataWarning(UserWarning):
 
 class LogStoppedWarning(UserWarning):
     """The log of a run stopped growing, such as on a full disk; the run itself goes on."""
+
+
+def in_a_line(e: Exception) -> str:
+    """An error's text as a reason."""
+    return " ".join(str(e).split("\n"))

@@ -13,7 +13,7 @@ from torch import nn
 from fastsharp.api.checkpoints import must_match, second
 from fastsharp.api.measure import measure
 from fastsharp.api.samples_of import label_forms
-from fastsharp.api.subject import first_steps
+from fastsharp.api.subject import first_steps, frozen
 from fastsharp.errors import ArgumentTypeError, FastsharpError, InputError, Interrupted
 from fastsharp.measures.classes import needs_cross_entropy
 from fastsharp.measures.facts import BatchFacts, Need, one_pass
@@ -87,7 +87,7 @@ def compare(
     with torch.inference_mode(False), first_steps(), label_forms("compare"):
         with _named("a"):
             objective = Objective(a, loader, loss_fn, **options)
-        data = loader if objective.batches.streamed else [batch for _, batch in objective.batches]
+        data = frozen(objective, loader)
         options["reduction"] = objective.reduction
         with _named("b"):
             of_b = Objective(other, data, loss_fn, **options)

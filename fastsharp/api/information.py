@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsharp.api.subject import checked, first_steps
+from fastsharp.api.subject import checked, first_steps, frozen
 from fastsharp.curvature import GGN, Fisher
 from fastsharp.errors import ArgumentTypeError, InputError, NotConvergedWarning
 from fastsharp.krylov import trace as solvers
@@ -100,7 +100,7 @@ def tic(
     G, _, c, spent = _damped("tic", model, loader, loss_fn, damping, {**build, "memory": memory, "seed": seed}, preflight)
     with first_steps(), torch.inference_mode(False), torch.no_grad():
         objective = G.objective
-        data = loader if objective.batches.streamed else [batch for _, batch in objective.batches]
+        data = frozen(objective, loader)
         # the stand-in for the loss that makes C has no native kernel
         of_c = {
             **build,

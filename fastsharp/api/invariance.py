@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsharp.api.measures_named import DEFAULT, MEASURES, Subject, error_of_change, in_a_line, measured_at
+from fastsharp.api.measures_named import DEFAULT, MEASURES, Subject, error_of_change, measured_at
 from fastsharp.api.samples_of import label_forms
-from fastsharp.api.subject import first_steps
+from fastsharp.api.subject import first_steps, frozen
 from fastsharp.curvature.backends import check_backend
-from fastsharp.errors import ArgumentTypeError, InputError, Interrupted
+from fastsharp.errors import ArgumentTypeError, InputError, Interrupted, in_a_line
 from fastsharp.krylov import trace as probes
 from fastsharp.measures import perturbation
 from fastsharp.measures.landscape import Landscape
@@ -94,7 +94,7 @@ def invariance(
             found, kinds, refused, outputs = _found(objective, factor, temperature, seed)
             chosen = _chosen(found, kinds, refused, pairs, temperature, type(model).__name__)
             unit = torch.finfo(objective.dtype).eps * abs(Landscape(objective).loss())
-        data = loader if objective.batches.streamed else [batch for _, batch in objective.batches]
+        data = frozen(objective, loader)
         options["reduction"] = objective.reduction
 
         def at_present() -> tuple[dict[str, Estimate], dict[str, str]]:

@@ -13,7 +13,7 @@ from fastsharp.api.layer_spectra import layer_spectra
 from fastsharp.api.measure_function import function_side
 from fastsharp.api.measure_job import GGN_MEASURES, NAMES, Job
 from fastsharp.api.samples_of import label_forms
-from fastsharp.api.subject import basis_memory, checked, first_steps
+from fastsharp.api.subject import basis_memory, checked, first_steps, frozen
 from fastsharp.curvature import GGN, Hessian
 from fastsharp.errors import ArgumentTypeError, InputError, NotConvergedError, NotConvergedWarning, listing, stacklevel
 from fastsharp.krylov import trace as solvers
@@ -145,7 +145,7 @@ def measure(
             with job.part("layers"), job.may_skip("layers"), job.keeping(job.set_layers):
                 # no coupling: it takes products with the whole matrix; the preflight has seen this model and its data
                 given = {**build, "reduction": hessian.objective.reduction, "preflight": "off", "progress": False}
-                job.set_layers(layer_spectra(model, _frozen(hessian.objective, loader), loss_fn, k=1, coupling=None, **given))
+                job.set_layers(layer_spectra(model, frozen(hessian.objective, loader), loss_fn, k=1, coupling=None, **given))
         if "landscape" in chosen:
             with job.part("landscape"), job.may_skip("landscape"), job.keeping(job.set_landscape):
                 values = spectrum.eigenpairs.eigenvalues[order]
@@ -159,11 +159,6 @@ def measure(
         )
         warnings.warn(NotConvergedWarning(message, report), stacklevel=stacklevel())
     return report
-
-
-def _frozen(objective: Objective, loader: Any) -> Any:
-    """The frozen batches themselves, so that they are read once and held once; a stream is read again."""
-    return loader if objective.batches.streamed else [batch for _, batch in objective.batches]
 
 
 def _chosen(parts: Any) -> tuple[str, ...]:
@@ -188,7 +183,7 @@ def _gauss_newton(
     damping: float,
     preflight: str,
 ) -> None:
-    ggn = GGN(model, _frozen(objective, loader), loss_fn, **{**build, "reduction": objective.reduction})
+    ggn = GGN(model, frozen(objective, loader), loss_fn, **{**build, "reduction": objective.reduction})
     check = checked(ggn, preflight=preflight, seed=build["seed"])
     G = CountingOperator(ggn)
     job.counts["products.gauss-newton"] = lambda: float(G.count)
@@ -243,14 +238,15 @@ def _perturbation(job: Job, landscape: Landscape, *, rho: float, ascent_rho: flo
 
 def _trajectory(job: Job, gradient: torch.Tensor, H: CountingOperator, vectors: torch.Tensor) -> None:
     size = float(gradient.double().norm())
-    job.add("trajectory", {"gradient_norm": _exact(size, H)})
+    job.add("trajectory", {"gradient_norm": Estimate.certain(size, settings=H.settings, provenance=H.provenance)})
     with job.may_skip("directional", "gradient_overlap"):
         if size == 0.0:
             raise InputError("the gradient is zero: a stationary point has no direction of its own.")
-        job.add("trajectory", {"gradient_overlap": _exact(trajectory.overlap(vectors, gradient), H)})
+        job.add(
+            "trajectory",
+            {"gradient_overlap": Estimate.certain(trajectory.overlap(vectors, gradient), settings=H.settings, provenance=H.provenance)},
+        )
         slope = trajectory.slope_along(H, gradient, gradient)
-        job.add("trajectory", {"directional": _exact(slope.curvature / slope.squared, H)})
-
-
-def _exact(value: float, H: CountingOperator) -> Estimate:
-    return Estimate(value, 0.0, (value, value), 1.0, 0, 0, True, settings=H.settings, provenance=H.provenance)
+        job.add(
+            "trajectory", {"directional": Estimate.certain(slope.curvature / slope.squared, settings=H.settings, provenance=H.provenance)}
+        )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastsharp.errors import FastsharpError, Interrupted, NondeterministicOperatorError, NotSymmetricError, StaleOperatorError
+from fastsharp.errors import FastsharpError, Interrupted, NondeterministicOperatorError, NotSymmetricError, StaleOperatorError, in_a_line
 from fastsharp.measures.eigen import MEASURES, hessian_measures
 from fastsharp.progress import Progress
 from fastsharp.results import Estimate, Landscape2D, LayerSpectra, Report, Spectrum
@@ -102,7 +102,7 @@ class Job:
         except _OF_THE_WHOLE:
             raise
         except (FastsharpError, NotImplementedError) as e:
-            self.skip(" ".join(str(e).split("\n")), *names)
+            self.skip(in_a_line(e), *names)
 
     def skip(self, reason: str, *names: str) -> None:
         """The names that have no value get a reason."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastsharp.api.samples_of import SampleSource
-from fastsharp.api.subject import checked
+from fastsharp.api.subject import checked, frozen
 from fastsharp.curvature import Hessian
 from fastsharp.errors import InputError
 from fastsharp.losses import cross_entropy_of
@@ -207,7 +207,7 @@ def _by_products(
     objective = source.objective
     if objective.reduction == "sum":
         raise InputError("relative_flatness is a mean over samples, and the loss is their sum. Pass a loss with reduction='mean'.")
-    data = loader if objective.batches.streamed else [batch for _, batch in objective.batches]
+    data = frozen(objective, loader)
     hessian = Hessian(model, data, loss_fn, params=lambda _, p: p is weight, **of_hessian)
     checked(hessian, preflight=preflight, seed=seed)
     with torch.inference_mode(False), torch.no_grad():

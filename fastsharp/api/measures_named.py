@@ -16,7 +16,7 @@ from fastsharp.api.measures_function import boundary_tightness, input_jacobian, 
 from fastsharp.api.sharpness import sharpness
 from fastsharp.api.trace import frobenius, trace
 from fastsharp.curvature import Hessian
-from fastsharp.errors import FastsharpError, NonFiniteError, StaleOperatorError
+from fastsharp.errors import FastsharpError, NonFiniteError, StaleOperatorError, in_a_line
 from fastsharp.measures.statistic import SampleEstimate
 from fastsharp.params import Selector
 from fastsharp.quantiles import student
@@ -49,7 +49,7 @@ class Subject:
         seed = self.how["seed"]
         pair: Eigenpairs = lanczos(self.hessian, k=1, which=which, tol=_SPECTRAL_TOL, seed=seed, preflight=self.preflight, progress=False)
         value, bound = float(pair.eigenvalues[0]), float(pair.error_bounds[0])
-        return Estimate(value, 0.0, (value - bound, value + bound), 1.0, 0, pair.n_matvec, bool(pair.converged[0]))
+        return Estimate.certain(value, (value - bound, value + bound), n_matvec=pair.n_matvec, converged=bool(pair.converged[0]))
 
     def probed(self, solve: Callable[..., Estimate]) -> Estimate:
         """Trace or norm by probes."""
@@ -105,11 +105,6 @@ def measured_at(subject: Subject, names: list[str]) -> tuple[dict[str, Estimate]
         except (FastsharpError, NotImplementedError) as e:
             skipped[name] = in_a_line(e)
     return found, skipped
-
-
-def in_a_line(e: Exception) -> str:
-    """An error's text as a reason."""
-    return " ".join(str(e).split("\n"))
 
 
 def error_of_change(before: Estimate, after: Estimate, eps: float, unit: float, confidence: float) -> float:

@@ -15,6 +15,7 @@ from fastsharp.composite import DiagonalOperator, leaves
 from fastsharp.curvature import GGN, FiniteSum, Fisher, GradientCovariance, Hessian, Residual
 from fastsharp.curvature.weight_decay import WeightDecay
 from fastsharp.errors import ArgumentTypeError, InputError, Interrupted
+from fastsharp.objective import Objective
 from fastsharp.operator import DenseOperator, SymmetricOperator, as_operator
 from fastsharp.preflight import LEVELS
 from fastsharp.preflight import preflight as run_preflight
@@ -128,6 +129,11 @@ def checked(operator: SymmetricOperator, *, preflight: str = "fast", strict_data
         elif not isinstance(leaf, _KNOWN):
             unknown = True
     return "auto" if unknown and preflight != "off" else "off"
+
+
+def frozen(objective: Objective, loader: Any) -> Any:
+    """The frozen batches themselves, for another operator on the same data: read once and held once. A stream is read again."""
+    return loader if objective.batches.streamed else [batch for _, batch in objective.batches]
 
 
 def basis_memory(operator: SymmetricOperator, memory: str | int, wish: int) -> dict[str, int]:

@@ -59,7 +59,7 @@ def directional_sharpness(
         )
     value = slope.curvature / below
     settings = {**operator.settings, "form": form, "slope": slope.slope / math.sqrt(slope.squared)}
-    return _exact(value, 1, operator.notes, settings, operator.provenance)
+    return Estimate.certain(value, n_matvec=1, notes=operator.notes, settings=settings, provenance=operator.provenance)
 
 
 def critical_sharpness(
@@ -105,7 +105,7 @@ def critical_sharpness(
         objective.check_values()
     notes = [*objective.notes(), *(() if math.isfinite(eta) else ("the loss never rises along this direction",))]
     settings = {"rtol": rtol, "step": eta if math.isfinite(eta) else None, "losses": losses, "reduction": objective.reduction}
-    return _exact(2.0 / eta, 0, notes, settings, objective.provenance())
+    return Estimate.certain(2.0 / eta, notes=tuple(notes), settings=settings, provenance=objective.provenance())
 
 
 def batch_sharpness(
@@ -190,7 +190,7 @@ def gradient_overlap(
     notes = [*objective.notes()]
     if pairs.provenance.get("weights_hash") not in (None, objective.provenance()["weights_hash"]):
         notes.append("the eigenvectors are of other weights than the gradient")
-    return _exact(value, 0, notes, {"k": len(pairs.eigenvalues)}, objective.provenance())
+    return Estimate.certain(value, notes=tuple(notes), settings={"k": len(pairs.eigenvalues)}, provenance=objective.provenance())
 
 
 def edge_of_stability(result: Eigenpairs | float, optimizer: torch.optim.Optimizer | float, *, momentum: float = 0.0) -> float:
@@ -254,8 +254,3 @@ def _nonzero(gradient: torch.Tensor) -> torch.Tensor:
     if not bool(gradient.any()):
         raise InputError("the gradient is zero: a stationary point has no direction of its own. Pass direction=.")
     return gradient
-
-
-def _exact(value: float, products: int, notes: Any, settings: dict[str, Any], provenance: dict[str, Any]) -> Estimate:
-    """An estimate in which nothing was left to chance."""
-    return Estimate(value, 0.0, (value, value), 1.0, 0, products, True, tuple(notes), settings, provenance)

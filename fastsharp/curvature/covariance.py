@@ -10,7 +10,6 @@ from torch import nn
 from fastsharp.curvature.examples import check_additive
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.form import Form
-from fastsharp.curvature.gauss_newton import refuse_batch_loss
 from fastsharp.curvature.scores import OuterProducts, own_scores
 from fastsharp.errors import ArgumentTypeError, InputError
 from fastsharp.params import Selector
@@ -52,7 +51,6 @@ class GradientCovariance(FiniteSum):
             raise ArgumentTypeError(f"GradientCovariance: ddof is a {type(ddof).__name__}, expected 0 or 1.")
         if ddof not in (0, 1):
             raise InputError(f"GradientCovariance: ddof is {ddof}, expected 0 or 1.")
-        refuse_batch_loss(loss_fn, self.kind)
         super().__init__(
             model,
             loader,

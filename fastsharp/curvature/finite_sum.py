@@ -17,6 +17,7 @@ from fastsharp.curvature.cheap import NOISE, check_precision
 from fastsharp.curvature.cuda_graph import recorder_of
 from fastsharp.curvature.form import Form
 from fastsharp.curvature.kept import KeptSum, writable
+from fastsharp.curvature.network_output import refuse_batch_loss
 from fastsharp.curvature.said import preflight_notes, unused_names, warn_unused
 from fastsharp.errors import EngineError, InputError, StaleOperatorError, listing
 from fastsharp.locate import non_finite_gradient
@@ -34,6 +35,8 @@ class FiniteSum(SymmetricOperator):
     Products of a batch come from a backend; batches are linearised in the first product and kept where memory allows.
     """
 
+    splits = True  # at the network's output, which the loss then has to show
+
     def __init__(
         self,
         model: nn.Module,
@@ -48,6 +51,8 @@ class FiniteSum(SymmetricOperator):
         memory: str | int = "auto",
         seed: int = 0,
     ) -> None:
+        if self.splits:
+            refuse_batch_loss(loss_fn, self.kind)
         check_backend(backend)
         self.objective = Objective(
             model, loader, loss_fn, params=params, reduction=reduction, bn=bn, dropout=dropout, memory=memory, seed=seed

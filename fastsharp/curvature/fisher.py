@@ -12,7 +12,6 @@ from fastsharp.curvature.autograd import GaussNewtonGraph
 from fastsharp.curvature.examples import check_additive
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.form import Form
-from fastsharp.curvature.gauss_newton import refuse_batch_loss
 from fastsharp.curvature.network_output import network_output
 from fastsharp.curvature.predictive import drawn_scores, recognised
 from fastsharp.curvature.scores import OuterProducts, own_scores
@@ -70,7 +69,7 @@ class Fisher(FiniteSum):
         if mc_samples < 1 or (mc_samples > 1 and kind != "mc"):
             expected = "at least 1" if kind == "mc" else "none: kind='empirical' draws nothing"
             raise InputError(f"Fisher: mc_samples is {mc_samples}, expected {expected}.")
-        refuse_batch_loss(loss_fn, NAMES[kind])
+        self._kind = NAMES[kind]  # before the loss is looked at
         super().__init__(
             model,
             loader,
@@ -86,15 +85,19 @@ class Fisher(FiniteSum):
         self.mc_samples = mc_samples if kind == "mc" else None
         if kind == "mc":
             self.objective.batches.in_order = True  # draws go by the place of a row in its batch
-            scores = drawn_scores(recognised(self.objective, NAMES[kind]), mc_samples)
+            scores = drawn_scores(recognised(self.objective, self.kind), mc_samples)
         else:
-            check_additive(self.objective, NAMES[kind])
+            check_additive(self.objective, self.kind)
             scores = own_scores
-        self._form = Form(NAMES[kind], True, OuterProducts(scores))
+        self._form = Form(self.kind, True, OuterProducts(scores))
 
     @property
     def form(self) -> Form:
         return self._form
+
+    @property
+    def kind(self) -> str:
+        return self._kind
 
     @property
     def by_sample(self) -> bool:

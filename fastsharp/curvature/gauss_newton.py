@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, final
-
-from torch import nn
+from typing import final
 
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.form import GAUSS_NEWTON
-from fastsharp.errors import InputError
-from fastsharp.losses import BatchLoss
-from fastsharp.params import Selector
 
 
 @final
@@ -26,40 +21,3 @@ class GGN(FiniteSum):
 
     form = GAUSS_NEWTON
     label = "the Gauss-Newton matrix"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loader: Any,
-        loss_fn: Any = None,
-        *,
-        params: Selector = None,
-        reduction: str = "auto",
-        bn: str | None = None,
-        dropout: str | None = None,
-        backend: str = "auto",
-        memory: str | int = "auto",
-        seed: int = 0,
-    ) -> None:
-        refuse_batch_loss(loss_fn, self.kind)
-        super().__init__(
-            model,
-            loader,
-            loss_fn,
-            params=params,
-            reduction=reduction,
-            bn=bn,
-            dropout=dropout,
-            backend=backend,
-            memory=memory,
-            seed=seed,
-        )
-
-
-def refuse_batch_loss(loss_fn: Any, kind: str) -> None:
-    """InputError for a loss that hides the network's output."""
-    if isinstance(loss_fn, BatchLoss):
-        raise InputError(
-            f"operator={kind!r} splits the loss at the network's output, which a batch_loss does not show.\n"
-            "Pass loss_fn(output, target), or use operator='hessian'."
-        )

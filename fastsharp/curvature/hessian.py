@@ -21,4 +21,5 @@ class Hessian(FiniteSum):
     """
 
     form = HESSIAN
+    splits = False
     label = "the Hessian"

@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 
 from fastsharp.batches import tensors_of
 from fastsharp.errors import InputError, listing
-from fastsharp.losses import Value
+from fastsharp.losses import BatchLoss, Value
 
 
 def network_output(value: Value, kind: str = "ggn") -> torch.Tensor:
@@ -31,6 +31,15 @@ def network_output(value: Value, kind: str = "ggn") -> torch.Tensor:
             "Return one tensor (or something with .logits) and pass loss_fn(output, target)."
         )
     return found[0]
+
+
+def refuse_batch_loss(loss_fn: Any, kind: str) -> None:
+    """InputError for a loss that hides the network's output."""
+    if isinstance(loss_fn, BatchLoss):
+        raise InputError(
+            f"operator={kind!r} splits the loss at the network's output, which a batch_loss does not show.\n"
+            "Pass loss_fn(output, target), or use operator='hessian'."
+        )
 
 
 def check_separable(

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from torch import nn
 
 from fastsharp.curvature.finite_sum import FiniteSum
 from fastsharp.curvature.form import Form, StandIn, slope
-from fastsharp.curvature.gauss_newton import refuse_batch_loss
 from fastsharp.losses import Loss, Value
-from fastsharp.params import Selector
 
 
 @final
@@ -37,31 +34,3 @@ class Residual(FiniteSum):
 
     form = Form("residual", stand_in=_Slope())
     label = "the Hessian without its Gauss-Newton part"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loader: Any,
-        loss_fn: Any = None,
-        *,
-        params: Selector = None,
-        reduction: str = "auto",
-        bn: str | None = None,
-        dropout: str | None = None,
-        backend: str = "auto",
-        memory: str | int = "auto",
-        seed: int = 0,
-    ) -> None:
-        refuse_batch_loss(loss_fn, self.kind)
-        super().__init__(
-            model,
-            loader,
-            loss_fn,
-            params=params,
-            reduction=reduction,
-            bn=bn,
-            dropout=dropout,
-            backend=backend,
-            memory=memory,
-            seed=seed,
-        )

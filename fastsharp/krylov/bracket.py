@@ -23,7 +23,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 
@@ -32,6 +31,7 @@ from fastsharp.errors import ArgumentTypeError, InputError, Interrupted, NotConv
 from fastsharp.krylov.lanczos import lanczos
 from fastsharp.krylov.rows import dot
 from fastsharp.operator import SymmetricOperator
+from fastsharp.quantiles import student
 from fastsharp.results import Bracket, Eigenpairs
 
 OperatorOf = Callable[[torch.Tensor], SymmetricOperator]
@@ -104,21 +104,6 @@ def check_arguments(size: int, *, rtol: float, confidence: float, start: int, fo
         raise InputError(f"bracket: start = {start} samples cannot fill {2 * folds} folds. Pass start >= {2 * folds}, or fewer folds.")
 
 
-def quantile(p: float, dof: int) -> float:
-    """Student's t: P(T <= t) = p, by the Cornish-Fisher expansion to 1/dof^4; for dof >= 2 within 1 % up to p = 0.975.
-
-    Source: Abramowitz & Stegun, 26.7.5.
-    """
-    z = NormalDist().inv_cdf(p)
-    g = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(c / float(dof) ** (i + 1) for i, c in enumerate(g))
-
-
 @dataclass
 class _Search:
     """Samples so far, their top eigenpair, and the cost."""
@@ -163,10 +148,10 @@ class _Search:
         self.top = (b, u_S)
         in_A = torch.stack([self._forms(part, u_B, u_S) for part in A.tensor_split(m)])
         in_B = torch.stack([self._forms(part, u_A, u_S) for part in B.tensor_split(m)])
-        t = quantile((1 + self.confidence) / 2, m - 1)
+        t = student((1 + self.confidence) / 2, m - 1)
         lower = 0.5 * sum(float(q[:, 0].mean() - t * q[:, 0].std() / math.sqrt(m)) for q in (in_A, in_B))
         along = torch.cat([in_A[:, 1], in_B[:, 1]])
-        upper = value + bound + quantile((1 + self.confidence) / 2, 2 * m - 1) * float(along.std()) / math.sqrt(2 * m)
+        upper = value + bound + student((1 + self.confidence) / 2, 2 * m - 1) * float(along.std()) / math.sqrt(2 * m)
         self.history.append((b, lower, upper))
 
     def whole(self) -> None:

@@ -28,7 +28,7 @@ def hessian_measures(spectrum: Spectrum) -> dict[str, Estimate]:
     found: dict[str, Estimate] = {}
     for name, at in (("lambda_max", int(pairs.eigenvalues.argmax())), ("lambda_min", int(pairs.eigenvalues.argmin()))):
         value, bound = float(pairs.eigenvalues[at]), float(pairs.error_bounds[at])
-        found[name] = _certain(value, (value - bound, value + bound), common, converged=bool(pairs.converged[at]))
+        found[name] = Estimate.certain(value, (value - bound, value + bound), **common, converged=bool(pairs.converged[at]))
     found |= {name: e for name, e in (("trace", spectrum.trace), ("frobenius", spectrum.frobenius)) if e is not None}
     size = float(pairs.eigenvalues.abs().max())
     found["negative_share"] = negative_share(density, size, common)
@@ -55,14 +55,14 @@ def outliers(density: Density, common: Mapping[str, Any]) -> tuple[Estimate, Est
     if len(upper) < 2:
         nothing = float("nan")
         note = ("fewer than two positive Ritz values above the median: no bulk to tell from",)
-        return _certain(0.0, (0.0, 0.0), common, notes=note), _certain(nothing, (nothing, nothing), common, notes=note)
+        return Estimate.certain(0.0, **common, notes=note), Estimate.certain(nothing, **common, notes=note)
     ratio = upper[1:] / upper[:-1]
     at = int(ratio.argmax())
     low, high = float(upper[at]), float(upper[at + 1])
     count = float(len(upper) - at - 1)
     note = (f"the gap is a factor of {float(ratio[at]):.2g}",)
     weak = (*note, "under a factor of 1.5: the edge is not distinct") if float(ratio[at]) < 1.5 else note
-    return _certain(count, (count, count), common, notes=weak), _certain((low * high) ** 0.5, (low, high), common, notes=weak)
+    return Estimate.certain(count, **common, notes=weak), Estimate.certain((low * high) ** 0.5, (low, high), **common, notes=weak)
 
 
 def effective_rank(trace: Estimate, frobenius: Estimate, common: Mapping[str, Any]) -> Estimate:
@@ -74,12 +74,6 @@ def effective_rank(trace: Estimate, frobenius: Estimate, common: Mapping[str, An
     interval = (low / d**2, squares[1] / c**2) if c > 0 else (0.0, float("inf"))
     confidence = max(0.0, trace.confidence + frobenius.confidence - 1.0)
     return _chance(value, interval, confidence, common)
-
-
-def _certain(
-    value: float, interval: tuple[float, float], common: Mapping[str, Any], *, converged: bool = True, notes: tuple[str, ...] = ()
-) -> Estimate:
-    return Estimate(value=value, stderr=0.0, interval=interval, confidence=1.0, samples=0, converged=converged, notes=notes, **common)
 
 
 def _chance(

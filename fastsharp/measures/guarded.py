@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import final
 
-from fastsharp.errors import FastsharpError, NonFiniteError
+from fastsharp.errors import FastsharpError, NonFiniteError, in_a_line
 from fastsharp.measures.facts import Accumulator, BatchFacts, Need
 from fastsharp.measures.statistic import SampleEstimate
 
@@ -49,4 +49,4 @@ class Guarded:
         except NonFiniteError:
             raise
         except FastsharpError as e:
-            self._inner, self.reason = None, " ".join(str(e).split("\n"))
+            self._inner, self.reason = None, in_a_line(e)

@@ -45,7 +45,7 @@ class Landscape:
     def loss(self) -> float:
         """L(theta)."""
         total = weight = 0.0
-        with self.objective.quiet(), torch.no_grad():
+        with self.objective.quiet():
             for key, batch in self.parts(None):
                 loss, scale, count = self._at_base(key, batch)
                 total, weight = total + scale * loss, weight + count
@@ -69,7 +69,7 @@ class Landscape:
         """L(theta + delta_k) - L(theta) (K,) float64 for deltas (K, n), over all data or over `parts` of them."""
         total = torch.zeros(len(deltas), dtype=torch.float64)
         weight = samples = 0.0
-        with self.objective.quiet(), torch.no_grad():
+        with self.objective.quiet():
             for key, batch in self.parts(None) if parts is None else parts:
                 loss, scale, count = self._at_base(key, batch)
                 if scale:
@@ -103,7 +103,7 @@ class Landscape:
 
     def weight(self, part: Part) -> float:
         """The share's denominator of a part: what its loss is a mean over."""
-        with self.objective.quiet(), torch.no_grad():
+        with self.objective.quiet():
             return self._at_base(*part)[2]
 
     def _denominator(self, weight: float) -> float:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsharp.results.result import Result
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,11 @@ class Estimate(Result):
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def certain(cls, value: float, interval: tuple[float, float] | None = None, **others: Any) -> Self:
+        """One in which nothing was left to chance: `interval`, or the value itself, is sure to hold the truth."""
+        return cls(value, 0.0, interval or (value, value), 1.0, **{"samples": 0, "n_matvec": 0, "converged": True, **others})
 
     def __float__(self) -> float:
         return self.value

@@ -11,8 +11,9 @@ import scipy.stats
 import torch
 
 from fastsharp.errors import ArgumentTypeError, InputError, Interrupted, NotConvergedWarning
-from fastsharp.krylov.bracket import bracket, quantile
+from fastsharp.krylov.bracket import bracket
 from fastsharp.operator import CallableOperator, DenseOperator, SymmetricOperator
+from fastsharp.quantiles import student as quantile
 from tests.unchanged import refuses
 
 N, D = 20_000, 40
